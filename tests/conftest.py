@@ -22,7 +22,7 @@ REDUCED = {
 
 
 def read_idx(path):
-    """The array in an IDX file (http://yann.lecun.com/exdb/mnist), read by NumPy alone."""
+    """The array in an IDX file, the format of MNIST, read by NumPy alone."""
     data = path.read_bytes()
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
@@ -40,7 +40,7 @@ class Artifacts:
         self.data = data
 
     def codes(self, x):
-        """Codes [n, n_units] of pixels x [n, 784] in [0, 1]: the k largest, by sorting."""
+        """Codes [n, n_units] of pixels x [n, 784] in [0, 1], by sorting."""
         z = np.maximum(x @ self.encoder["weight"].T + self.encoder["bias"], 0)
         z[z < np.sort(z, axis=1)[:, -self.k, None]] = 0
         return z
@@ -51,18 +51,16 @@ class Artifacts:
     def train_means(self):
         """Mean code of each class over the 54,000 training images, [10, n_units]."""
         x, y = self.data.train
-        order = torch.randperm(
-            60_000,
-            generator=torch.Generator().manual_seed(self.metrics["config"]["SEED"]),
-        ).numpy()[6_000:]
+        draws = torch.Generator().manual_seed(self.metrics["config"]["SEED"])
+        order = torch.randperm(60_000, generator=draws).numpy()[6_000:]
         z = self.codes(x[order])
         return np.stack([z[y[order] == c].mean(0) for c in range(10)])
 
 
 @pytest.fixture(scope="session")
 def data():
-    """The official images [n, 784] in [0, 1] and labels, fetched as the notebook does."""
-    execute.run_cells("fetch", DATA_DIR=REDUCED["DATA_DIR"])
+    """The official images [n, 784] in [0, 1] and labels, fetched by the notebook."""
+    execute.run_cells("verify", DATA_DIR=REDUCED["DATA_DIR"])
     raw = execute.ROOT / "data" / "FashionMNIST" / "raw"
     parts = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
@@ -74,7 +72,7 @@ def data():
 
 @pytest.fixture(scope="session")
 def reduced(tmp_path_factory, data):
-    """The whole notebook, run in an empty folder with few epochs: notebook, artifacts."""
+    """The whole notebook, run in an empty folder with few epochs, and what it saved."""
     folder = tmp_path_factory.mktemp("reduced")
     notebook = execute.execute(execute.inject(execute.read(), **REDUCED), folder)
     return SimpleNamespace(

@@ -39,12 +39,8 @@ def code_cells(notebook):
 
 
 def code_sha256(notebook):
-    """Hash of the code cells up to the one that saves, as that cell takes it."""
-    sources = []
-    for cell in code_cells(notebook):
-        sources.append(cell.source.rstrip("\n"))
-        if cell["id"] == "save":
-            break
+    """Hash of the code cells, as the notebook itself takes it of what it has run."""
+    sources = [cell.source.rstrip("\n") for cell in code_cells(notebook)]
     return hashlib.sha256("\n".join(sources).encode()).hexdigest()
 
 
@@ -149,7 +145,7 @@ def update_readme(notebook, metrics):
 
 
 def main():
-    """Make the full run; save the notebook with its outputs, and the README's results."""
+    """Make the full run; save the notebook with outputs, and the README's results."""
     notebook = clean(execute(read()))
     nbformat.write(notebook, NOTEBOOK)
     update_readme(notebook, json.loads((ROOT / "models" / "metrics.json").read_text()))

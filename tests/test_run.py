@@ -4,7 +4,7 @@ import execute
 import numpy as np
 import pytest
 
-FIGURES = 18
+FIGURES = 21
 
 
 def outputs(notebook):

@@ -60,7 +60,8 @@ def inject(notebook, **parameters):
         raise KeyError(
             f"{', '.join(unknown)}: not in the notebook's cell of parameters"
         )
-    source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    source = "from math import inf, nan\n" if "nan" in repr(parameters) else ""
+    source += "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     cell = nbformat.v4.new_code_cell(source, id="injected-parameters")
     cell.metadata["tags"] = ["injected-parameters"]
     notebook.cells.insert(place + 1, cell)

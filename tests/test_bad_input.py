@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ NAMES = [
     [
         *(("K", 0), ("K", 1025), ("K", 2.5), ("N_UNITS", 10), ("N_UNITS", "many")),
         *(("EPOCHS", 0), ("EPOCHS", True), ("BATCH_SIZE", -1), ("PATIENCE", 0)),
-        *(("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 0.0), ("SEED", "zero")),
+        *(("LEARNING_RATE", math.nan), ("LEARNING_RATE", 0.0), ("SEED", "zero")),
         *(("PROBE_EPOCHS", 0), ("CONTROL_EPOCHS", None), ("MAP_IMAGES", 1)),
         *(("BOOTSTRAPS", 1), ("DATA_DIR", None), ("MODELS_DIR", "")),
     ],

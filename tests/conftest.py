@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import execute
 import matplotlib
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -70,13 +71,33 @@ def data():
     return SimpleNamespace(**parts)
 
 
+# what a reader does at the end: other images, and one that is none
+TRY_IT = """
+seconds = []
+for i in (1, 2, 3):
+    begun = time.perf_counter()
+    look_at(images["test"][i])
+    seconds.append(time.perf_counter() - begun)
+try:
+    look_at(255 * images["test"][0])
+except ValueError as error:
+    print(json.dumps({"seconds": seconds, "error": str(error)}))
+"""
+
+
 @pytest.fixture(scope="session")
 def reduced(tmp_path_factory, data):
     """The whole notebook, run in an empty folder with few epochs, and what it saved."""
     folder = tmp_path_factory.mktemp("reduced")
-    notebook = execute.execute(execute.inject(execute.read(), **REDUCED), folder)
+    notebook = execute.inject(execute.read(), **REDUCED)
+    notebook.cells.append(nbformat.v4.new_code_cell(TRY_IT))
+    execute.execute(notebook, folder)
+    *_, said = notebook.cells.pop().outputs
     return SimpleNamespace(
-        notebook=notebook, folder=folder, saved=Artifacts(folder / "models", data)
+        notebook=notebook,
+        folder=folder,
+        saved=Artifacts(folder / "models", data),
+        try_it=json.loads(said.text),
     )
 
 

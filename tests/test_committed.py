@@ -1,12 +1,14 @@
 """What is committed tells one story: notebook, metrics, models and README."""
 
 import hashlib
+import html
 import json
 import re
 
 import execute
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,16 @@ def test_was_a_full_run(notebook, committed):
     exec(next(c for c in notebook.cells if c["id"] == "parameters").source, parameters)
     for name, value in committed.metrics["config"].items():
         assert parameters[name] == value, name
+
+
+def test_html_page_can_be_read(notebook):
+    """Without Jupyter: figures have a text alternative, and tables are tables."""
+    page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook)
+    shown = [o for cell in execute.code_cells(notebook) for o in cell.outputs]
+    figures = [o.metadata["image/png"]["alt"] for o in shown if "image/png" in o.data]
+    texts = re.findall(r'<img alt="([^"]*)"', page)
+    assert [html.unescape(text) for text in texts] == figures
+    assert page.count("<table") == sum("text/html" in o.data for o in shown) > 0
 
 
 def test_readme_says_what_was_measured(notebook, committed):

@@ -3,6 +3,7 @@
 import execute
 import numpy as np
 import pytest
+from conftest import REDUCED, Artifacts
 
 FIGURES = 21
 
@@ -41,6 +42,27 @@ def test_every_figure_is_read(reduced):
     assert len(shown) >= FIGURES
     for figure in shown:
         assert figure["metadata"]["image/png"]["alt"] in texts
+
+
+def test_try_it_answers_in_two_seconds(reduced):
+    assert max(reduced.try_it["seconds"]) < 2
+    assert "784 values from 0 to 255: give 28 x 28" in reduced.try_it["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"K": 1, "EPOCHS": 1},
+        {"N_UNITS": 64, "K": 64, "BATCH_SIZE": 1000},
+        {"N_UNITS": 4096, "EPOCHS": 1},
+    ],
+    ids=lambda extreme: ", ".join(f"{k}={v}" for k, v in extreme.items()),
+)
+def test_extremes_run_through(extreme, tmp_path, data):
+    execute.execute(execute.inject(execute.read(), **(REDUCED | extreme)), tmp_path)
+    saved = Artifacts(tmp_path / "models", data)
+    assert 0 < (saved.codes(data.test[0][:500]) > 0).sum(1).max() <= saved.k
 
 
 def test_unknown_parameter_is_an_error():

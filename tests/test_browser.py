@@ -1,0 +1,90 @@
+"""The notebook alone in an empty folder, as a person meets it: JupyterLab, Run All."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import execute
+import nbformat
+import pytest
+from conftest import REDUCED
+
+pytestmark = pytest.mark.browser
+SETTINGS = "@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Address of a JupyterLab that serves a reduced copy of the notebook."""
+    few = {name: value for name, value in REDUCED.items() if name != "DATA_DIR"}
+    notebook = execute.inject(execute.read(), **few)
+    nbformat.write(notebook, tmp_path / "fashion_sae.ipynb")
+    settings = tmp_path / "settings" / SETTINGS
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"windowingMode": "none"}))  # all cells on the page
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser"),
+            f"--ServerApp.port={port}",
+            f"--ServerApp.root_dir={tmp_path}",
+            f"--LabApp.user_settings_dir={tmp_path / 'settings'}",
+            "--IdentityProvider.token=test",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{address}/api?token=test")
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield f"{address}/lab/tree/fashion_sae.ipynb?token=test"
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page of headless Chromium that keeps to this machine."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield browser.new_page(viewport={"width": 1400, "height": 1000})
+        browser.close()
+
+
+def test_run_all_cells(lab, page, tmp_path):
+    page.goto(lab)
+    cells = page.locator(".jp-CodeCell")
+    cells.first.wait_for(timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+    last = page.locator(".jp-CodeCell .jp-InputPrompt").last
+    bar, seen, deadline = page.locator(".jp-OutputArea [role=progressbar]"), set(), 600
+    begun = time.monotonic()
+    while not last.inner_text().strip("[]:* ").isdigit():
+        assert time.monotonic() - begun < deadline, "the last cell did not end"
+        assert not page.locator("[data-mime-type*='jupyter.error']").count()
+        seen |= set(
+            bar.evaluate_all("bars => bars.map(b => b.parentElement.innerHTML)")
+        )
+        time.sleep(0.2)
+
+    assert len(seen) > 3, "the progress bar was not seen moving"
+    assert not page.locator("[data-mime-type*='stderr']").count()
+    assert page.locator(".jp-OutputArea img").count() >= 21
+    assert (tmp_path / "models" / "metrics.json").exists()

@@ -115,14 +115,14 @@ def results_table(metrics):
     rows = ["| claim | measured | 95 % interval | bar | control | held |"]
     rows.append("|---|---|---|---|---|---|")
     for text, row in metrics["verdict"].items():
-        interval = ", ".join(f"{x:.3f}" for x in row["interval"])
+        interval = ", ".join(f"{x:.4f}" for x in row["interval"])
         cells = (
             text,
             f"{row['measured']:.4g}",
             f"[{interval}]" if interval else "",
             row["bar"],
             row["control"],
-            "yes" if row["held"] else "**no**",
+            ("yes" if row["held"] else "**no**") + ", open" * row["open"],
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

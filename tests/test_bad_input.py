@@ -1,14 +1,17 @@
 """Bad input gets one clear error, early, and nothing saved is harmed."""
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import execute
@@ -24,27 +27,64 @@ NAMES = [
 ]
 
 
+BAD = {  # too small, too large, of a wrong type
+    "SEED": (-1, 2**32, "zero"),
+    "EPOCHS": (0, 10_001, True),
+    "BATCH_SIZE": (0, 54_001, 256.0),
+    "LEARNING_RATE": (0.0, 1.5, math.nan, 1),
+    "PATIENCE": (0, 10_001, [5]),
+    "N_UNITS": (63, 65_537, "many"),
+    "K": (0, 1025, 2.5),
+    "PROBE_EPOCHS": (0, 10_001, None),
+    "CONTROL_EPOCHS": (0, 10_001, None),
+    "MAP_IMAGES": (1, 1_001, "all"),
+    "BOOTSTRAPS": (99, 100_001, 1e3),
+    "DATA_DIR": ("", None),
+    "MODELS_DIR": ("", 3),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("K", 0), ("K", 1025), ("K", 2.5), ("N_UNITS", 10), ("N_UNITS", "many")),
-        *(("EPOCHS", 0), ("EPOCHS", True), ("BATCH_SIZE", -1), ("PATIENCE", 0)),
-        *(("LEARNING_RATE", math.nan), ("LEARNING_RATE", 0.0), ("SEED", "zero")),
-        *(("PROBE_EPOCHS", 0), ("CONTROL_EPOCHS", None), ("MAP_IMAGES", 1)),
-        *(("BOOTSTRAPS", 1), ("DATA_DIR", None), ("MODELS_DIR", "")),
-    ],
+    ("name", "value"), [(name, value) for name in BAD for value in BAD[name]]
 )
 def test_parameter_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"{name} = {value!r} is not allowed: give"):
+    with pytest.raises(
+        ValueError, match=rf"{name} = {re.escape(repr(value))} is not allowed: give"
+    ):
         execute.run_cells("folders", **{name: value})
 
 
-def test_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"MODELS_DIR = .* is not allowed"):
-        execute.run_cells("folders", MODELS_DIR=str(tmp_path / "file" / "models"))
-    with pytest.raises(RuntimeError, match=r"DATA_DIR = .* cannot be written"):
-        execute.run_cells("verify", DATA_DIR=str(tmp_path / "file" / "data"))
+@contextlib.contextmanager
+def reading_only(folder):
+    """Nobody can write in `folder` for a while, not even root."""
+    root = os.geteuid() == 0
+    subprocess.run(["chmod", "-R", "a=rX", folder], check=True)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        subprocess.run(["chmod", "-R", "u+w", folder], check=True)
+
+
+def test_read_only_folder(data):
+    """Nothing can be fetched or saved there, but verified data can be read."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
+        empty, full = Path(name, "empty"), Path(name, "full")
+        empty.mkdir()
+        shutil.copytree(DATA, full)
+        cells = {
+            path: execute.run_cells("sources", DATA_DIR=str(path))
+            for path in (empty, full)
+        }
+        with reading_only(name):
+            with pytest.raises(ValueError, match=r"MODELS_DIR = .* is not allowed"):
+                execute.run_cells("folders", MODELS_DIR=str(empty))
+            with pytest.raises(RuntimeError, match=r"DATA_DIR = .* cannot be written"):
+                execute.run_cells("verify", cells[empty], after="sources")
+            execute.run_cells("verify", cells[full], after="sources")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 
 import execute
 import nbformat
+import pandas as pd
 import pytest
 from nbconvert import HTMLExporter
 
@@ -63,15 +64,28 @@ def test_html_page_can_be_read(notebook):
     assert page.count("<table") == sum("text/html" in o.data for o in shown) > 0
 
 
+def test_notebook_shows_what_was_measured(notebook, committed):
+    """The verdict's table, made again from metrics.json, is the one on display."""
+    cell = next(cell for cell in notebook.cells if cell["id"] == "verdict")
+    namespace = {"pd": pd, "metrics": committed.metrics}
+    exec(cell.source, namespace)
+    (output,) = cell.outputs
+    assert output.data["text/html"] == namespace["verdict"]._repr_html_()
+    for text in ("test MSE", "probe, test accuracy"):
+        assert text in output.data["text/html"]
+
+
 def test_readme_says_what_was_measured(notebook, committed):
     assert execute.results_table(committed.metrics) in execute.README.read_text()
     assert execute.PICTURE.read_bytes() == execute.picture(notebook, "cue-figure")
 
 
-def test_readme_snippet_runs(monkeypatch, capsys):
-    """The lines that load the three files in plain PyTorch print ten logits."""
+def test_readme_snippet_runs(committed, monkeypatch, capsys):
+    """The lines that load the three files in plain PyTorch print a class."""
     monkeypatch.chdir(execute.ROOT)
     snippet = re.search(r"```python\n(.*?)```", execute.README.read_text(), re.S)[1]
     namespace = {}
     exec(snippet, namespace)
     assert namespace["logits"].shape == (1, 10)
+    assert capsys.readouterr().out.strip() in namespace["classes"]
+    assert namespace["classes"] == list(committed.metrics["importance"]["top_units"])

@@ -35,6 +35,9 @@ BAD = {  # too small, too large, of a wrong type
     "PATIENCE": (0, 10_001, [5]),
     "N_UNITS": (63, 65_537, "many"),
     "K": (0, 1025, 2.5),
+    "NOISE": (-0.1, 1.1, 1),
+    "SHRINKAGE": (-0.1, 10.5, None),
+    "WINDOW": (0.4, 28.5, 3),
     "PROBE_EPOCHS": (0, 10_001, None),
     "CONTROL_EPOCHS": (0, 10_001, None),
     "MAP_IMAGES": (1, 1_001, "all"),
@@ -42,6 +45,16 @@ BAD = {  # too small, too large, of a wrong type
     "DATA_DIR": ("", None),
     "MODELS_DIR": ("", 3),
 }
+
+
+def test_no_parameter_is_left_out():
+    parameters = {}
+    exec(
+        next(c for c in execute.read().cells if c["id"] == "parameters").source,
+        {},
+        parameters,
+    )
+    assert set(BAD) == set(parameters)
 
 
 @pytest.mark.parametrize(

@@ -113,14 +113,15 @@ def test_run_all_cells(lab, page, tmp_path):
     run_all_cells(page, prompt=cells.first.locator(".jp-InputPrompt"))
 
     prompts, bars = page.locator(".jp-CodeCell .jp-InputPrompt"), set()
+    failures = page.locator("[data-mime-type$='jupyter.stderr']")  # errors, warnings
     begun = time.monotonic()
     while not (done := prompts.all_inner_texts())[-1].strip("[]: ").isdigit():
         assert time.monotonic() - begun < 300, f"after 300 s the cells say {done}"
-        assert not page.locator("[data-mime-type*='jupyter.error']").count()
+        assert not failures.count(), failures.all_inner_texts()
         bars |= set(page.locator(".progress-bar").evaluate_all(WIDTHS))
         time.sleep(0.2)
 
+    assert not failures.count(), failures.all_inner_texts()
     assert len(bars) > 3, "the progress bar was not seen moving"
-    assert not page.locator("[data-mime-type*='stderr']").count()
     assert page.locator(".jp-OutputArea img").count() == FIGURES
     assert (tmp_path / "models" / "metrics.json").exists()

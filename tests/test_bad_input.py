@@ -36,8 +36,10 @@ BAD = {  # too small, too large, of a wrong type
     "N_UNITS": (63, 65_537, "many"),
     "K": (0, 1025, 2.5),
     "NOISE": (-0.1, 1.1, 1),
+    "NESTED": (-0.1, 1.1, 1),
     "SHRINKAGE": (-0.1, 10.5, None),
     "WINDOW": (0.4, 28.5, 3),
+    "L1": (-0.1, 1.1, 1),
     "PROBE_EPOCHS": (0, 10_001, None),
     "CONTROL_EPOCHS": (0, 10_001, None),
     "MAP_IMAGES": (1, 1_001, "all"),
@@ -200,10 +202,10 @@ def test_training_repeats_itself(defined):
 def test_stop_button_keeps_the_best_weights(defined, capsys):
     whole = defined["train_epoch"]
 
-    def stopped_in_third(model, loader, optimizer, schedule, bar):
-        if bar.n == 2 * len(loader):
+    def stopped_in_third(model, loader, optimizer, schedule, *rest):
+        if schedule.last_epoch == 2 * len(loader):
             raise KeyboardInterrupt
-        return whole(model, loader, optimizer, schedule, bar)
+        return whole(model, loader, optimizer, schedule, *rest)
 
     cells = {**defined}
     images = cells["images"]["validation"]
@@ -215,7 +217,7 @@ def test_stop_button_keeps_the_best_weights(defined, capsys):
     assert list(history.index) == [0, 1, 2]
     assert "interrupted" in capsys.readouterr().out
     best = history["validation MSE"].min()
-    assert cells["reconstruction_mse"](model, images) == pytest.approx(best)
+    assert cells["evaluate"](model, images)[0] == pytest.approx(best)
 
 
 def test_file_of_another_shape(defined):

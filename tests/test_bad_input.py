@@ -33,7 +33,7 @@ BAD = {  # too small, too large, of a wrong type
     "BATCH_SIZE": (0, 54_001, 256.0),
     "LEARNING_RATE": (0.0, 1.5, math.nan, 1),
     "PATIENCE": (0, 10_001, [5]),
-    "N_UNITS": (63, 65_537, "many"),
+    "N_UNITS": (63, 16_385, "many"),
     "K": (0, 1025, 2.5),
     "NOISE": (-0.1, 1.1, 1),
     "NESTED": (-0.1, 1.1, 1),
@@ -218,6 +218,15 @@ def test_stop_button_keeps_the_best_weights(defined, capsys):
     assert "interrupted" in capsys.readouterr().out
     best = history["validation MSE"].min()
     assert cells["evaluate"](model, images)[0] == pytest.approx(best)
+
+
+def test_patience_counts_once_the_rate_falls(defined, monkeypatch):
+    """Ten epochs without any progress: seven at the full rate, and two of patience."""
+    monkeypatch.setitem(defined["train"].__globals__, "PATIENCE", 2)
+    monkeypatch.setitem(defined["train"].__globals__, "evaluate", lambda *_: (1.0, 0.0))
+    images = defined["images"]["validation"][:300]
+    _, history = small_training(defined, images, epochs=10)
+    assert history.index[-1] == 9
 
 
 def test_file_of_another_shape(defined):

@@ -39,7 +39,7 @@ BAD = {  # too small, too large, of a wrong type
     "NESTED": (-0.1, 1.1, 1),
     "SHRINKAGE": (-0.1, 10.5, None),
     "WINDOW": (0.4, 28.5, 3),
-    "L1": (-0.1, 1.1, 1),
+    "L1": (0.0, 1.1, 1),
     "PROBE_EPOCHS": (0, 10_001, None),
     "CONTROL_EPOCHS": (0, 10_001, None),
     "MAP_IMAGES": (1, 1_001, "all"),
@@ -218,6 +218,21 @@ def test_stop_button_keeps_the_best_weights(defined, capsys):
     assert "interrupted" in capsys.readouterr().out
     best = history["validation MSE"].min()
     assert cells["evaluate"](model, images)[0] == pytest.approx(best)
+
+
+def test_nested_steps_end_when_the_rate_falls(defined, monkeypatch):
+    """With NESTED = 1, a fifth of the units in the first 70 % of steps, then all."""
+    whole, used = defined["train_step"], []
+
+    def train_step(model, batch, optimizer, k):
+        loss, values, units = whole(model, batch, optimizer, k)
+        used.append(units.shape[1])
+        return loss, values, units
+
+    monkeypatch.setitem(defined["train"].__globals__, "NESTED", 1.0)
+    monkeypatch.setitem(defined["train"].__globals__, "train_step", train_step)
+    small_training(defined, defined["images"]["validation"][:300], epochs=10)
+    assert used == [10] * 14 + [50] * 6
 
 
 def test_patience_counts_once_the_rate_falls(defined, monkeypatch):

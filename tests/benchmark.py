@@ -1,13 +1,14 @@
-"""Speed of the study, measured with the notebook's own cells; run by hand.
+"""Measurements of the training recipe and of speed; run by hand, nothing else running.
 
-    python tests/benchmark.py            # steps, race, growth
+    python tests/benchmark.py recipe     # the ladder: one ingredient more a row
+    python tests/benchmark.py steps      # a training step against dense products
     python tests/benchmark.py sections   # wall time and peak memory of each section
 
-Everything is timed in this one process; alternatives take turns, and medians are given,
-so that the ratios hold where the machine's speed drifts.
+Each is timed in one process; alternatives take turns, and medians are given, so that the
+ratios hold where the machine's speed drifts. No test image is looked at.
 """
 
-import functools
+import math
 import statistics
 import sys
 import time
@@ -20,26 +21,111 @@ import torch.nn.functional as F
 from IPython.core.interactiveshell import InteractiveShell
 from torch import nn
 
-TARGET = 0.0070  # test MSE that the literal recipe reaches at the end of its 30 epochs
-ROUNDS = 7
+DATA = str(execute.ROOT / "data")
+LADDER = (
+    "literal: default start, raw pixels, constant rate",
+    "+ warm-up, and a rate that falls",
+    "+ centring",
+    "+ unit atoms, tied at the start",
+    "+ patches as the start",
+    "+ shrinkage",
+    "+ nested steps (the recipe)",
+)
 
 
-class Literal(nn.Module):
-    """The recipe taken at its word: default start, raw pixels in, dense layers."""
-
-    def __init__(self, n_units, k):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(784, n_units), nn.Linear(n_units, 784)
-        self.k = k
-
-    def forward(self, images):
-        pre_activations = self.encoder(images).relu()
-        values, units = pre_activations.topk(self.k)
-        codes = torch.zeros_like(pre_activations).scatter(1, units, values)
-        return self.decoder(codes), values, units
+def notebook_cells(seed=0):
+    """Everything that the notebook defines up to its probe, nothing trained."""
+    skipped = ("classes", "run-training")
+    return execute.run_cells("fit-probes", skip=skipped, SEED=seed, DATA_DIR=DATA)
 
 
-def median_times(alternatives, repeat=20, rounds=ROUNDS):
+def start(cells, level, seed):
+    """The model that a row of the ladder starts from."""
+    images = cells["images"]["train"]
+    draws = cells["generator"](seed)
+    noise = torch.randn(1024, 784, generator=draws)
+    atoms = F.normalize(noise) if level < 4 else cells["patches"](images, draws)
+    mean = images.mean(0) if level >= 2 else torch.zeros(784)
+    model = cells["KSparseAutoencoder"](atoms, mean)
+    if level < 3:  # the start that PyTorch gives to linear layers
+        torch.manual_seed(seed)
+        encoder, decoder = nn.Linear(784, 1024), nn.Linear(1024, 784)
+        model.encoder.load_state_dict(encoder.state_dict())
+        model.atoms.data = decoder.weight.data.T.contiguous()
+        model.bias.data = decoder.bias.data + mean
+    return model
+
+
+def train(cells, level, seed):
+    """Train as a row of the ladder says, 30 epochs without stopping early."""
+    images, draws = cells["images"]["train"], cells["generator"](seed)
+    cells["SHRINKAGE"] = 0.1 if level >= 5 else 0.0
+    model = start(cells, level, seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=level > 0)
+    steps = 30 * math.ceil(len(images) / 256)
+    falls = cells["FALLS"] * steps
+    step = 0
+    for _ in range(30):
+        for rows in cells["batches"](len(images), 256, draws):
+            if level >= 1:
+                rate = min(1, (step + 1) / 50, (steps - step) / (steps - falls))
+                optimizer.param_groups[0]["lr"] = 1e-3 * rate
+            few = level >= 6 and step < falls and torch.rand((), generator=draws) < 0.5
+            if level >= 3:
+                cells["train_step"](model, images[rows], optimizer, 10 if few else 50)
+            else:
+                batch = images[rows]
+                output = model(batch, 50) if level == 0 else None
+                output = cells["reconstruct"](model, batch, 50)[0] if level else output
+                loss = F.mse_loss(output, batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            step += 1
+    return model
+
+
+def spread(atoms):
+    """Median number of pixels that hold 90 % of a row's energy."""
+    energy = atoms.square().sort(dim=1, descending=True).values
+    short = energy.cumsum(1) < 0.9 * energy.sum(1, keepdim=True)
+    return (short.sum(1) + 1.0).median().item()
+
+
+def recipe(seeds=(0, 1)):
+    """Print the ladder: mean over the seeds, on validation images."""
+    print(
+        "| recipe | validation MSE | silent units | probe accuracy "
+        "| pixels, encoder row | pixels, atom | seconds |\n|---|---|---|---|---|---|---|"
+    )
+    for level, name in enumerate(LADDER):
+        rows = []
+        for seed in seeds:
+            cells = notebook_cells(seed)
+            images, labels = cells["images"], cells["labels"]
+            begun = time.perf_counter()
+            model = train(cells, level, seed)
+            seconds = time.perf_counter() - begun
+            encoder, decoder = cells["as_linear"](model)
+            codes = {x: cells["encode"](encoder, images[x]) for x in images}
+            silent = (codes["train"].amax(0) == 0).sum().item()
+            (probe,) = cells["fit_probes"](
+                codes["train"], labels["train"], [cells["L1"]], seed
+            )
+            right = cells["hits"](probe, codes["validation"], labels["validation"])
+            mse = F.mse_loss(decoder(codes["validation"]), images["validation"]).item()
+            widths = spread(encoder.weight), spread(decoder.weight.T)
+            rows.append((mse, silent, right.mean().item(), *widths, seconds))
+        mse, silent, accuracy, *rest = (statistics.mean(x) for x in zip(*rows))
+        print(
+            f"| {name} | {mse:.5f} | {silent:.0f} | {accuracy:.3f} | "
+            + " | ".join(f"{x:.0f}" for x in rest)
+            + " |",
+            flush=True,
+        )
+
+
+def median_times(alternatives, repeat=20, rounds=9):
     """Median seconds of each of several functions, called in turns."""
     times = {name: [] for name in alternatives}
     for call in alternatives.values():
@@ -53,134 +139,32 @@ def median_times(alternatives, repeat=20, rounds=ROUNDS):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def our_step(cells, model, k):
-    """A function that makes one training step of the notebook's model."""
+def steps():
+    """Print a training step as a share of the five dense products of its shapes."""
+    cells = notebook_cells()
+    model = start(cells, 6, 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     batch = cells["images"]["train"][:256]
-
-    def step():
-        cells["train_step"](model, batch, optimizer, k)
-
-    return step
-
-
-def literal_step(model):
-    """A function that makes one step of the literal recipe on a batch."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-
-    def step(batch):
-        loss = F.mse_loss(model(batch)[0], batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def products(batch, n_units):
-    """Functions that make the five dense matrix products of a step, and the first."""
-    weight, atoms = torch.randn(2, n_units, 784)
-    codes, error = torch.rand(len(batch), n_units), torch.randn_like(batch)
-
-    def encode():
-        return F.linear(batch, weight)
+    weight, atoms = torch.randn(2, 1024, 784)
+    codes, error = torch.rand(256, 1024), torch.randn(256, 784)
 
     def five():
-        encode()
-        codes @ atoms, codes.T @ error, error @ atoms.T, codes.T @ batch
+        batch @ weight.T, codes @ atoms, codes.T @ error, error @ atoms.T, codes.T @ batch
 
-    return {"five products": five, "encode": encode}
+    def step(k):
+        return lambda: cells["train_step"](model, batch, optimizer, k)
 
-
-def new_model(cells, n_units):
-    cells["N_UNITS"] = n_units
-    images = cells["images"]["train"]
-    return cells["KSparseAutoencoder"](cells["start_atoms"](images, 0), images.mean(0))
-
-
-def steps_and_growth(cells):
-    """One step against dense products, at growing numbers of units."""
-    batch = cells["images"]["train"][:256]
-    loader = cells["batches"](cells["images"]["train"], cells["labels"]["train"], 0)
-    print(
-        "| units | our step, ms | / five products | with k / 5 | / encoder's "
-        "| literal / ours | test MSE after 3 epochs |\n|---|---|---|---|---|---|---|"
-    )
-    for n_units in (1024, 2048, 4096, 8192):
-        model = new_model(cells, n_units)
-        literal = Literal(n_units, cells["K"])
-        t = median_times(
-            {
-                "ours": our_step(cells, model, cells["K"]),
-                "few": our_step(cells, model, cells["K"] // 5),
-                "literal": functools.partial(literal_step(literal), batch),
-                **products(batch, n_units),
-            }
-        )
-        model = new_model(cells, n_units)
-        cells["train"](model, loader, cells["images"]["validation"][:1000], 3)
-        mse = cells["evaluate"](model, cells["images"]["test"])[0]
-        print(
-            f"| {n_units} | {1000 * t['ours']:.1f} "
-            f"| {t['ours'] / t['five products']:.2f} "
-            f"| {t['few'] / t['five products']:.2f} "
-            f"| {t['ours'] / t['encode']:.2f} "
-            f"| {t['literal'] / t['ours']:.2f} | {mse:.5f} |",
-            flush=True,
-        )
-
-
-def race(cells):
-    """Seconds of 30 epochs, and until test MSE is TARGET.
-
-    The literal recipe's evaluation is left out, ours after each epoch is counted.
-    """
-    test, validation = cells["images"]["test"], cells["images"]["validation"]
-    loader = cells["batches"](cells["images"]["train"], cells["labels"]["train"], 0)
-    torch.manual_seed(0)
-    literal, spent, reached = Literal(1024, cells["K"]), 0.0, None
-    step = literal_step(literal)
-    for epoch in range(1, 31):
-        begun = time.perf_counter()
-        for batch, _ in loader:
-            step(batch)
-        spent += time.perf_counter() - begun
-        mse = cells["evaluate"](literal, test)[0]
-        if reached is None and mse <= TARGET:
-            reached = (epoch, spent)
-    silent = 1024 - alive(literal, cells["images"]["train"])
-    print(f"literal: {spent:.0f} s for 30 epochs, test MSE {mse:.5f}, {silent} silent,")
-    print(f"  test MSE {TARGET} reached at (epoch, seconds) {reached}")
-    model = new_model(cells, 1024)
-    begun = time.perf_counter()
-    cells["train"](model, loader, validation, 30)
-    ours = time.perf_counter() - begun
-    mse = cells["evaluate"](model, test)[0]
-    print(f"ours: {ours:.0f} s ({ours / spent:.2f}) for 30 epochs, MSE {mse:.5f}")
-    for epochs in (1, 2, 3, 4, 5):
-        model = new_model(cells, 1024)
-        begun = time.perf_counter()
-        cells["train"](model, loader, validation[:256], epochs)
-        ours = time.perf_counter() - begun
-        if cells["evaluate"](model, test)[0] <= TARGET:
-            print(f"ours: {TARGET} reached in {epochs} epochs, {ours:.1f} s; ", end="")
-            print(f"{(reached or (30, spent))[1] / ours:.1f} times faster")
-            break
-
-
-def alive(model, images):
-    """How many units fire for any image."""
-    fired = torch.zeros(model.encoder.out_features, dtype=torch.bool)
-    with torch.no_grad():
-        for x in images.split(4096):
-            _, values, units = model(x)
-            fired[units[values > 0]] = True
-    return int(fired.sum())
+    t = median_times({"five": five, "50": step(50), "10": step(10)})
+    few = cells["FALLS"] * cells["NESTED"]
+    mix = (1 - few) * t["50"] + few * t["10"]
+    print(f"five dense products: {1000 * t['five']:.1f} ms")
+    print(f"a step with 50 units: {t['50'] / t['five']:.2f} of that")
+    print(f"a step with 10 units: {t['10'] / t['five']:.2f}")
+    print(f"the run's mix of both: {mix / t['five']:.2f}")
 
 
 def sections():
-    """Wall time and peak memory (Linux) of each section of a full run."""
+    """Print wall time and peak memory (Linux) of each section of a full run."""
     shell = InteractiveShell.instance()
     title, rows = "", {}
     for cell in execute.read().cells:
@@ -202,15 +186,11 @@ def sections():
     print(f"| all | {sum(s for s, _ in rows.values()):.0f} | |")
 
 
-def main():
-    matplotlib.use("agg")
-    if sys.argv[1:] == ["sections"]:
-        return sections()
-    cells = execute.run_cells("train", DATA_DIR=str(execute.ROOT / "data"))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    steps_and_growth(cells)
-    race(cells)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    matplotlib.use("agg")
+    measurements = {f.__name__: f for f in (recipe, steps, sections)}
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    if asked not in measurements:
+        sys.exit(__doc__)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    measurements[asked]()

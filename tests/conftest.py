@@ -1,5 +1,6 @@
 """What several tests share: the data, and one reduced run of the whole notebook."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -46,22 +47,46 @@ class Artifacts:
         z[z < np.sort(z, axis=1)[:, -self.k, None]] = 0
         return z
 
+    @functools.cached_property
+    def test_codes(self):
+        """Codes of the official test images, [10,000, n_units]."""
+        return self.codes(self.data.test[0])
+
+    def class_means(self, values_of):
+        """Mean over each class's training images of what is made of them, [10, m]."""
+        draws = torch.Generator().manual_seed(self.metrics["config"]["SEED"])
+        rows = torch.randperm(60_000, generator=draws).numpy()[6_000:]
+        values, y = values_of(self.data.train[0][rows]), self.data.train[1][rows]
+        return np.stack([values[y == c].mean(0) for c in range(10)])
+
+    @functools.cached_property
+    def train_means(self):
+        """Mean code of each class, [10, n_units]."""
+        return self.class_means(self.codes)
+
     def logits(self, z):
         return z @ self.classifier["weight"].T + self.classifier["bias"]
 
-    def train_means(self):
-        """Mean code of each class over the 54,000 training images, [10, n_units]."""
-        x, y = self.data.train
-        draws = torch.Generator().manual_seed(self.metrics["config"]["SEED"])
-        order = torch.randperm(60_000, generator=draws).numpy()[6_000:]
-        z = self.codes(x[order])
-        return np.stack([z[y[order] == c].mean(0) for c in range(10)])
+    def units(self, kind):
+        """The ten units of each class, [10, 10]: `top_10` or `matched`."""
+        groups = {"top_10": ("importance", "top_units")}
+        group, key = groups.get(kind, ("ablation", "matched_units"))
+        return np.array(list(self.metrics[group][key].values()))
+
+    def right_without(self, units):
+        """Test images read rightly without the units of each class, [10, n]."""
+        right = []
+        for gone in units:
+            z = self.test_codes.copy()
+            z[:, gone] = 0
+            right.append(self.logits(z).argmax(1) == self.data.test[1])
+        return np.array(right)
 
 
 @pytest.fixture(scope="session")
 def data():
     """The official images [n, 784] in [0, 1] and labels, fetched by the notebook."""
-    execute.run_cells("verify", DATA_DIR=REDUCED["DATA_DIR"])
+    execute.run_cells("fetch", DATA_DIR=REDUCED["DATA_DIR"])
     raw = execute.ROOT / "data" / "FashionMNIST" / "raw"
     parts = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
@@ -71,17 +96,40 @@ def data():
     return SimpleNamespace(**parts)
 
 
-# what a reader does at the end: other images, and one that is none
-TRY_IT = """
-seconds = []
-for i in (1, 2, 3):
+# what a reader does at the end, with what is given and with what is nothing; and what
+# the judges are shown, noted by one that answers with the study's logits
+ENDING = """
+def seconds_of(call, given):
     begun = time.perf_counter()
-    look_at(images["test"][i])
-    seconds.append(time.perf_counter() - begun)
-try:
-    look_at(255 * images["test"][0])
-except ValueError as error:
-    print(json.dumps({"seconds": seconds, "error": str(error)}))
+    call(given)
+    return time.perf_counter() - begun
+
+
+def refusal_of(call, given):
+    try:
+        call(given)
+    except ValueError as error:
+        return str(error)
+
+
+picture = images["test"][0]
+spoilt = {"above 1": 255 * picture, "short": picture[1:], "no number": picture * math.nan}
+ending = {
+    "look_at": [seconds_of(look_at, images["test"][i]) for i in (1, 2, 3)],
+    "look_at_unit": [seconds_of(look_at_unit, unit) for unit in (0, 1, N_UNITS - 1)],
+    "no image": {what: refusal_of(look_at, given) for what, given in spoilt.items()},
+    "no unit": {repr(x): refusal_of(look_at_unit, x) for x in (-1, N_UNITS, "3", True, 2.0)},
+}
+seen = {}
+given = images["test"][:500], test_codes[:500], labels["test"][:500]
+for kind in ("top_10", "matched", "class_mean"):
+    def judge(shown):
+        seen[kind] = shown.cpu().numpy()
+        return study(shown)
+
+    erased_hits(study, judge, *given, labels["test"][:500], kind)
+np.savez("seen.npz", **seen)
+print(json.dumps(ending))
 """
 
 
@@ -90,14 +138,15 @@ def reduced(tmp_path_factory, data):
     """The whole notebook, run in an empty folder with few epochs, and what it saved."""
     folder = tmp_path_factory.mktemp("reduced")
     notebook = execute.inject(execute.read(), **REDUCED)
-    notebook.cells.append(nbformat.v4.new_code_cell(TRY_IT))
+    notebook.cells.append(nbformat.v4.new_code_cell(ENDING))
     execute.execute(notebook, folder)
     *_, said = notebook.cells.pop().outputs
     return SimpleNamespace(
         notebook=notebook,
         folder=folder,
         saved=Artifacts(folder / "models", data),
-        try_it=json.loads(said.text),
+        ending=json.loads(said.text),
+        seen=np.load(folder / "seen.npz"),
     )
 
 

@@ -3,13 +3,16 @@
     python tests/execute.py
 
 makes the full run in the repository and saves the notebook with its outputs, clean of
-whatever would change from machine to machine. Tests and benchmark use these functions.
+whatever would change from machine to machine; it adds the hash of the code to
+`models/metrics.json` and brings the README's results up to the run. Tests, benchmark and
+replication use these functions.
 """
 
 import base64
 import hashlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -20,9 +23,37 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "fashion_sae.ipynb"
 README = ROOT / "README.md"
-PICTURE = ROOT / "models" / "known_answer.png"
+MODELS = ROOT / "models"
+REPLICATION = MODELS / "replication.json"
 BEGIN, END = "<!-- results: written by tests/execute.py -->", "<!-- end of results -->"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+INJECTED = "injected-parameters"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {  # what `jupyter nbconvert --to script` needs, and no version
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+    },
+}
+PICTURES = {  # of the README, and the cells that show them
+    "judge.png": "judge-figure",
+    "known_answer.png": "known-answer-figure",
+    "class_atoms.png": "class-atoms",
+}
+HEADLINES = (  # the claims that the README shows unfolded
+    "test MSE",
+    "probe accuracy",
+    "judge (CNN): erasing the top ten costs more than matched units",
+    "judge (CNN): erasing the top ten costs more than the class's mean image",
+    "zeroing the top ten costs more than their mean shift foretells",
+    "classes whose cue unit ranks first or second",
+    "decoy: best place in ten rankings",
+    "activity on mutual best matches: another start",
+)
 
 
 def read(path=NOTEBOOK):
@@ -39,9 +70,17 @@ def code_cells(notebook):
 
 
 def code_sha256(notebook):
-    """Hash of the code cells, as the notebook itself takes it of what it has run."""
-    sources = [cell.source.rstrip("\n") for cell in code_cells(notebook)]
-    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+    """Hash of the joined sources of the code cells, an injected one left out."""
+    cells = code_cells(notebook)
+    own = [c.source for c in cells if INJECTED not in c.metadata.get("tags", [])]
+    return hashlib.sha256("\n".join(own).encode()).hexdigest()
+
+
+def write_json(path, content):
+    """Write a JSON file, whole or not at all."""
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
 
 
 def inject(notebook, **parameters):
@@ -57,13 +96,11 @@ def inject(notebook, **parameters):
     known = {}
     exec(tagged.source, known)
     if unknown := sorted(parameters.keys() - known.keys()):
-        raise KeyError(
-            f"{', '.join(unknown)}: not in the notebook's cell of parameters"
-        )
-    source = "from math import inf, nan\n" if "nan" in repr(parameters) else ""
+        raise KeyError(f"{', '.join(unknown)}: not in the notebook's cell of parameters")
+    source = "from math import inf, nan\n"
     source += "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    cell = nbformat.v4.new_code_cell(source, id="injected-parameters")
-    cell.metadata["tags"] = ["injected-parameters"]
+    cell = nbformat.v4.new_code_cell(source, id=INJECTED)
+    cell.metadata["tags"] = [INJECTED]
     notebook.cells.insert(place + 1, cell)
     return notebook
 
@@ -83,17 +120,20 @@ def execute(notebook, folder=ROOT, timeout=1800):
     return notebook
 
 
-def run_cells(until, namespace=None, after=None, **parameters):
+def run_cells(until, namespace=None, after=None, skip=(), **parameters):
     """Run code cells in this process, up to and with the one whose id is `until`.
 
-    With `after` only the cells behind that id run, in the `namespace` given.
-    Returns the namespace, a dict of everything that the cells define.
+    With `after` only the cells behind that id run, in the `namespace` given; those
+    whose ids are in `skip` do not. Returns the namespace, a dict of everything that
+    the cells define.
     """
     cells = code_cells(inject(read(), **parameters))
     ids = [cell["id"] for cell in cells]
     begin = ids.index(after) + 1 if after else 0
     namespace = {"__name__": "__main__"} if namespace is None else namespace
     for cell in cells[begin : ids.index(until) + 1]:
+        if cell["id"] in skip:
+            continue
         source = TransformerManager().transform_cell(cell.source)
         exec(compile(source, cell["id"], "exec"), namespace)
     return namespace
@@ -103,29 +143,63 @@ def clean(notebook):
     """Drop progress bars and the kernel's version from an executed notebook."""
     for cell in code_cells(notebook):
         cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = nbformat.from_dict(
-        {"kernelspec": kernel, "language_info": {"name": "python"}}
-    )
+    notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 
 
-def results_table(metrics):
-    """The README's table of claims, from the dictionary `metrics.json` holds."""
-    rows = ["| claim | measured | 95 % interval | bar | control | held |"]
-    rows.append("|---|---|---|---|---|---|")
-    for text, row in metrics["verdict"].items():
+def replicated(sha256):
+    """The runs in replication.json, if they are of the code with that hash."""
+    if not REPLICATION.exists():
+        return []
+    content = json.loads(REPLICATION.read_text())
+    return content["runs"] if content["code_sha256"] == sha256 else []
+
+
+def replicated_cells(rows):
+    """Count of yes, and mean ± spread, of one claim's rows, a row per replication."""
+    values = [row["measured"] for row in rows]
+    mean = sum(values) / len(values)
+    spread = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
+    yes = sum(row["outcome"] == "yes" for row in rows)
+    return str(yes), f"{mean:.3g} ± {spread:.2g}"
+
+
+def claims_table(metrics, kind, runs, only=None):
+    """Table of claims in Markdown; `kind` is verdict or checks, `runs` replications."""
+    heads = ["claim", "measured", "95 % interval over test images", "bar", "control"]
+    heads += ["outcome"]
+    heads += [f"yes in n of {len(runs)}", "mean ± spread"] if runs else []
+    rows = [heads, ["---"] * len(heads)]
+    for text in only or metrics[kind]:
+        row = metrics[kind][text]
         interval = ", ".join(f"{x:.4f}" for x in row["interval"])
-        cells = (
+        cells = [
             text,
             f"{row['measured']:.4g}",
             f"[{interval}]" if interval else "",
             row["bar"],
             row["control"],
-            ("yes" if row["held"] else "**no**") + ", open" * row["open"],
-        )
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+            row["outcome"] if row["outcome"] != "no" else "**no**",
+        ]
+        if runs:
+            cells += replicated_cells([run[kind][text] for run in runs])
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def results(metrics):
+    """What the README says between its markers: headlines, and all claims folded."""
+    runs = replicated(metrics["code_sha256"])
+    return "\n\n".join(
+        [
+            claims_table(metrics, "verdict", runs, HEADLINES),
+            "<details><summary>All claims</summary>",
+            claims_table(metrics, "verdict", runs),
+            "Checks, which a sound run cannot fail:",
+            claims_table(metrics, "checks", runs),
+            "</details>",
+        ]
+    )
 
 
 def picture(notebook, cell_id):
@@ -136,20 +210,22 @@ def picture(notebook, cell_id):
 
 
 def update_readme(notebook, metrics):
-    """Bring the README's table and picture up to the run."""
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
+    """Bring the README's tables and pictures up to the run."""
+    before, rest = README.read_text().split(BEGIN)
     _, after = rest.split(END)
-    table = results_table(metrics)
-    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-    PICTURE.write_bytes(picture(notebook, "cue-figure"))
+    README.write_text(f"{before}{BEGIN}\n{results(metrics)}\n{END}{after}")
+    for name, cell_id in PICTURES.items():
+        (MODELS / name).write_bytes(picture(notebook, cell_id))
 
 
 def main():
     """Make the full run; save the notebook with outputs, and the README's results."""
     notebook = clean(execute(read()))
+    metrics = json.loads((MODELS / "metrics.json").read_text())
+    metrics["code_sha256"] = code_sha256(notebook)
+    write_json(MODELS / "metrics.json", metrics)
     nbformat.write(notebook, NOTEBOOK)
-    update_readme(notebook, json.loads((ROOT / "models" / "metrics.json").read_text()))
+    update_readme(notebook, metrics)
     print(f"{NOTEBOOK.name} is executed and saved; what it trained is in models/")
 
 

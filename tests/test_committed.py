@@ -1,4 +1,4 @@
-"""What is committed tells one story: notebook, metrics, models and README."""
+"""What is committed tells one story: notebook, metrics, models, replication and README."""
 
 import hashlib
 import html
@@ -18,6 +18,24 @@ def notebook():
     return nbformat.read(execute.NOTEBOOK, as_version=4)
 
 
+@pytest.fixture(scope="module")
+def replication():
+    return json.loads(execute.REPLICATION.read_text())
+
+
+def convert(to, *options):
+    """What `jupyter nbconvert` makes of the committed notebook."""
+    command = [sys.executable, "-m", "nbconvert", "--stdout", "--to", to, *options]
+    run = subprocess.run(
+        [*command, execute.NOTEBOOK.name],
+        cwd=execute.ROOT,
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    return run.stdout
+
+
 def test_outputs_are_of_this_code(notebook, committed):
     assert committed.metrics["code_sha256"] == execute.code_sha256(notebook)
 
@@ -31,18 +49,16 @@ def test_models_are_of_this_run(committed):
 def test_was_run_in_order(notebook):
     counts = [cell.execution_count for cell in execute.code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))
-    kinds = {
-        out.output_type for cell in execute.code_cells(notebook) for out in cell.outputs
-    }
+    kinds = {out.output_type for cell in execute.code_cells(notebook) for out in cell.outputs}
     assert kinds <= {"display_data", "execute_result"}  # no error, no stream
 
 
 def test_is_clean(notebook):
     outputs = json.dumps([cell.outputs for cell in execute.code_cells(notebook)])
     assert not re.search(r"/(home|root|tmp|work|Users|mnt|private)/", outputs)
-    assert execute.WIDGET not in outputs and "widgets" not in notebook.metadata
+    assert execute.WIDGET not in outputs
+    assert notebook.metadata == execute.METADATA
     assert all("execution" not in cell.metadata for cell in notebook.cells)
-    assert notebook.metadata.kernelspec.name == "python3"
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert execute.NOTEBOOK.stat().st_size < 2_000_000
     nbformat.validate(notebook)
@@ -50,42 +66,88 @@ def test_is_clean(notebook):
 
 def test_was_a_full_run(notebook, committed):
     parameters = {}
-    exec(next(c for c in notebook.cells if c["id"] == "parameters").source, parameters)
-    for name, value in committed.metrics["config"].items():
-        assert parameters[name] == value, name
+    exec(next(c for c in notebook.cells if c["id"] == "parameters").source, {}, parameters)
+    assert committed.metrics["config"] == parameters
+
+
+def test_shape(notebook):
+    """Not longer than can be read, and every link in it leads to a heading."""
+    sources = [cell.source for cell in execute.code_cells(notebook)]
+    assert len(sources) <= 80
+    assert sum(len(source.splitlines()) for source in sources) <= 1500
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    headings = re.findall(r"^#+ (.+)$", "\n".join(texts), re.M)
+    sections = [m for text in texts if (m := re.match(r"## (\d+) \S", text))]
+    assert [int(m[1]) for m in sections] == list(range(1, 17))
+    anchors = {heading.strip().replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#(.+?)\)", "\n".join(texts))
+    assert set(links) <= anchors
+    assert links
 
 
 def test_html_page_can_be_read(notebook):
     """As the README converts it: figures have text alternatives, tables are tables."""
-    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--stdout"]
-    page = subprocess.run(
-        [*command, execute.NOTEBOOK.name],
-        cwd=execute.ROOT,
-        check=True,
-        capture_output=True,
-        encoding="utf-8",
-    ).stdout
+    page = convert("html", "--template", "classic")
     shown = [o for cell in execute.code_cells(notebook) for o in cell.outputs]
     figures = [o.metadata["image/png"]["alt"] for o in shown if "image/png" in o.data]
-    texts = re.findall(r'<img alt="([^"]*)"', page)
+    pictures = re.findall(r'<img[^>]*src="data:image/png[^>]*>', page)
+    texts = [re.search(r'alt="([^"]*)"', picture)[1] for picture in pictures]
     assert [html.unescape(text) for text in texts] == figures
-    assert page.count("<table") == sum("text/html" in o.data for o in shown) > 0
+    assert len(figures) > 0
+    tables = sum("text/html" in o.data for o in shown)
+    assert page.count("<table") >= tables > 0
+
+
+def test_script_is_python():
+    script = convert("script")
+    assert "class KSparseAutoencoder(nn.Module):" in script
+    compile(script, "fashion_sae.py", "exec")
 
 
 def test_notebook_shows_what_was_measured(notebook, committed):
-    """The verdict's table, made again from metrics.json, is the one on display."""
+    """The verdict's table, made again from the files, is the one on display."""
     cell = next(cell for cell in notebook.cells if cell["id"] == "verdict")
-    namespace = {"pd": pd, "metrics": committed.metrics}
+    files = {"metrics": committed.metrics, "MODELS": execute.MODELS}
+    namespace = {"pd": pd, "json": json, **files}
     exec(cell.source, namespace)
     (output,) = cell.outputs
     assert output.data["text/html"] == namespace["verdict"]._repr_html_()
-    for text in ("test MSE", "probe, test accuracy"):
-        assert text in output.data["text/html"]
+    for text in execute.HEADLINES:
+        assert html.escape(text) in output.data["text/html"]
+
+
+def test_replication_is_of_this_code(notebook, replication, committed):
+    assert replication["code_sha256"] == execute.code_sha256(notebook)
+    seeds = [(run["SEED"], run["HELD_OUT"]) for run in replication["runs"]]
+    assert seeds == [(i, i) for i in range(1, 6)]
+    for run in replication["runs"]:
+        assert run["verdict"].keys() == committed.metrics["verdict"].keys()
+        assert run["checks"].keys() == committed.metrics["checks"].keys()
+
+
+def test_replications_are_counted_rightly(notebook, replication):
+    """The README's and the notebook's counts of yes are those of the five runs."""
+    cell = next(cell for cell in notebook.cells if cell["id"] == "verdict")
+    shown = cell.outputs[0].data["text/html"]
+    rows = re.findall(r"^\|(.+)\|$", execute.README.read_text(), re.M)
+    rows = {cells[0]: cells for row in rows if len(cells := row[1:-1].split(" | ")) == 8}
+    assert "yes in n of 5" in rows["claim"]
+    for text in replication["runs"][0]["verdict"]:
+        said = [run["verdict"][text]["outcome"] for run in replication["runs"]]
+        assert rows[text][6] == str(said.count("yes")), text
+        row = shown.split(f"<th>{html.escape(text, quote=False)}</th>")[1].split("</tr>")[0]
+        assert f"<td>{said.count('yes')}</td>" in row, text
 
 
 def test_readme_says_what_was_measured(notebook, committed):
-    assert execute.results_table(committed.metrics) in execute.README.read_text()
-    assert execute.PICTURE.read_bytes() == execute.picture(notebook, "cue-figure")
+    readme = execute.README.read_text()
+    said = readme.split(execute.BEGIN)[1].split(execute.END)[0]
+    assert said.strip() == execute.results(committed.metrics)
+    for name, cell_id in execute.PICTURES.items():
+        picture = (execute.MODELS / name).read_bytes()
+        assert picture == execute.picture(notebook, cell_id), name
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (execute.ROOT / link).exists(), link
 
 
 def test_readme_snippet_runs(committed, monkeypatch, capsys):

@@ -1,14 +1,17 @@
 """A reduced run of the whole notebook, checked against NumPy."""
 
-import re
+import json
+from collections import Counter
+from pathlib import Path
 
 import execute
 import nbformat
 import numpy as np
 import pytest
+import replicate
 from conftest import REDUCED, Artifacts
 
-FIGURES = 22
+FIGURES = 26
 COLAB = "import sys, types; sys.modules['google.colab'] = types.ModuleType('colab')"
 
 
@@ -20,12 +23,13 @@ def test_everything_came_out(reduced):
     names = {path.name for path in (reduced.folder / "models").iterdir()}
     assert names == {"encoder.pth", "decoder.pth", "classifier.pth", "metrics.json"}
     assert reduced.saved.metrics["config"]["EPOCHS"] == 2
-    assert reduced.saved.metrics["code_sha256"] == execute.code_sha256(reduced.notebook)
     assert set(reduced.saved.metrics) >= {
-        *("config", "environment", "data_sha256", "models_sha256", "code_sha256"),
+        *("config", "environment", "data_sha256", "models_sha256", "seconds"),
         *("training", "reconstruction", "sparsity", "probe", "importance", "ablation"),
-        *("occlusion", "known_answer", "seeds", "verdict"),
+        *("arithmetic", "judge", "known_answer", "maps", "seeds", "checks", "verdict"),
     }
+    assert "code_sha256" not in reduced.saved.metrics  # that is for the full run
+    assert set(execute.HEADLINES) <= set(reduced.saved.metrics["verdict"])
 
 
 def test_nothing_on_stderr(reduced):
@@ -35,24 +39,29 @@ def test_nothing_on_stderr(reduced):
 
 def test_every_figure_is_read(reduced):
     """Each figure has a text alternative, which is also shown below it."""
-    shown = [
-        out for out in outputs(reduced.notebook) if "image/png" in out.get("data", {})
-    ]
-    texts = {
-        out["data"].get("text/markdown")
-        for out in outputs(reduced.notebook)
-        if "data" in out
-    }
-    assert len(shown) >= FIGURES
+    shown = [out for out in outputs(reduced.notebook) if "image/png" in out.get("data", {})]
+    texts = {out["data"].get("text/markdown") for out in outputs(reduced.notebook) if "data" in out}
+    assert len(shown) == FIGURES
     for figure in shown:
         text = figure["metadata"]["image/png"]["alt"]
         assert text in texts
-        assert not re.search(r"[{}]|\b(\w+) \1\b", text)  # no number left out
+        assert not set("{}") & set(text), text  # no number left out
+    for cell_id in execute.PICTURES.values():
+        assert execute.picture(reduced.notebook, cell_id)
 
 
-def test_try_it_answers_in_two_seconds(reduced):
-    assert max(reduced.try_it["seconds"]) < 2
-    assert "784 values from 0 to 255: give 28 x 28" in reduced.try_it["error"]
+def test_look_at_answers_in_two_seconds(reduced):
+    ending = reduced.ending
+    assert max(ending["look_at"] + ending["look_at_unit"]) < 2
+    for error in ending["no image"].values():
+        assert error and "28 x 28 = 784 of them, from 0 (black" in error
+    for unit, error in ending["no unit"].items():
+        assert error == f"unit = {unit} is none: give an int from 0 to 1023"
+
+
+def test_unknown_parameter_is_an_error():
+    with pytest.raises(KeyError, match="EPOCH"):
+        execute.inject(execute.read(), EPOCH=1)
 
 
 @pytest.mark.slow
@@ -62,6 +71,7 @@ def test_try_it_answers_in_two_seconds(reduced):
         {"K": 1, "EPOCHS": 1},
         {"N_UNITS": 64, "K": 64, "BATCH_SIZE": 1000},
         {"N_UNITS": 4096, "EPOCHS": 1},
+        {"HELD_OUT": 6, "SEED": 6},
     ],
     ids=lambda extreme: ", ".join(f"{k}={v}" for k, v in extreme.items()),
 )
@@ -72,62 +82,129 @@ def test_extremes_run_through(extreme, tmp_path, data):
     execute.execute(notebook, tmp_path)
     saved = Artifacts(tmp_path / "models", data)
     assert 0 < (saved.codes(data.test[0][:500]) > 0).sum(1).max() <= saved.k
-    ending = notebook.cells[-1].outputs[-1].data["text/markdown"]
-    assert "google.colab.files.download('models/encoder.pth')" in ending
 
 
-def test_unknown_parameter_is_an_error():
-    with pytest.raises(KeyError, match="EPOCH"):
-        execute.inject(execute.read(), EPOCH=1)
+@pytest.mark.parametrize("block", [0, 1, 6])
+def test_split(block, data):
+    """HELD_OUT names the test images; every other training image is in one split."""
+    cells = execute.run_cells("split", DATA_DIR=REDUCED["DATA_DIR"], HELD_OUT=block)
+    images, labels = ({k: x.numpy() for k, x in cells[n].items()} for n in ("images", "labels"))
+    (x, y), test = data.train, data.test
+    if block:
+        rows = slice(10_000 * block - 10_000, 10_000 * block)
+        test = x[rows], y[rows]
+        x, y = np.delete(x, rows, axis=0), np.delete(y, rows)
+    np.testing.assert_array_equal(images["test"], test[0])
+    np.testing.assert_array_equal(labels["test"], test[1])
+    assert len(images["validation"]) == 6_000
+
+    def counted(x, y):
+        pixels = map(bytes, (255 * x).round().astype(np.uint8))
+        return Counter(zip(pixels, y.tolist(), strict=True))
+
+    used = [counted(images[k], labels[k]) for k in ("train", "validation")]
+    assert used[0] + used[1] == counted(x, y)
 
 
-@pytest.mark.parametrize("run", ["reduced", "committed"])
-def test_metrics_follow_from_the_files(run, request, data):
-    """MSE, L0, accuracy, importance and ablation, recomputed with NumPy."""
-    saved = request.getfixturevalue(run)
-    saved = saved.saved if run == "reduced" else saved
-    metrics, (x, y) = saved.metrics, data.test
-    z = saved.codes(x)
+def test_replications_are_gathered(reduced, tmp_path, monkeypatch):
+    """Five runs, here of a stand-in, become a file and two columns of the README."""
+    metrics = reduced.saved.metrics
+    first = next(iter(metrics["verdict"]))
+
+    def stand_in(notebook, folder):
+        given = {}
+        exec(next(c.source for c in notebook.cells if c["id"] == execute.INJECTED), given)
+        run = json.loads(json.dumps(metrics))
+        run["config"] |= {name: given[name] for name in ("SEED", "HELD_OUT")}
+        run["verdict"][first] |= {"measured": given["SEED"], "outcome": "yes"}
+        if given["SEED"] == 2:
+            run["verdict"][first]["outcome"] = "open"
+        Path(given["MODELS_DIR"]).mkdir()
+        Path(given["MODELS_DIR"], "metrics.json").write_text(json.dumps(run))
+
+    monkeypatch.setattr(execute, "execute", stand_in)
+    monkeypatch.setattr(execute, "REPLICATION", tmp_path / "replication.json")
+    replicate.main()
+    (written,) = tmp_path.iterdir()
+    runs = json.loads(written.read_text())["runs"]
+    assert [(run["SEED"], run["HELD_OUT"]) for run in runs] == [(i, i) for i in range(1, 6)]
+    assert set(runs[0]) == {"SEED", "HELD_OUT", "seconds", "verdict", "checks"}
+
+    code = execute.code_sha256(reduced.notebook)  # the injected cell does not count
+    rows = execute.results(metrics | {"code_sha256": code}).splitlines()
+    (row,) = {row for row in rows if row.startswith(f"| {first} |")}
+    assert row.endswith("| 4 | 3 ± 1.6 |")
+    assert "yes in n of" not in execute.results(metrics | {"code_sha256": "another"})
+
+
+@pytest.fixture(params=["reduced", "committed"])
+def saved(request):
+    run = request.getfixturevalue(request.param)
+    return run.saved if request.param == "reduced" else run
+
+
+def test_metrics_follow_from_the_files(saved, data):
+    """MSE, L0, accuracy and ranking, recomputed with NumPy."""
+    metrics, (x, y), z = saved.metrics, data.test, saved.test_codes
     l0 = (z > 0).sum(1)
     assert l0.max() <= saved.k
+    assert l0.mean() == pytest.approx(metrics["sparsity"]["l0_mean"], abs=0.01)
     reconstruction = z @ saved.decoder["weight"].T + saved.decoder["bias"]
     mse = np.mean((reconstruction - x) ** 2)
     assert mse == pytest.approx(metrics["reconstruction"]["test_mse"], rel=1e-4)
     hits = saved.logits(z).argmax(1) == y
     assert hits.mean() == pytest.approx(metrics["probe"]["test_accuracy"], abs=3e-4)
-
-    means = saved.train_means()  # [10, n_units]
-    importance = np.abs(saved.classifier["weight"]) * means
-    names = list(metrics["importance"]["top_units"])
-    for c, name in enumerate(names):
-        top = metrics["importance"]["top_units"][name]
-        expected = np.sort(importance[c])[::-1][:10]
-        np.testing.assert_allclose(importance[c, top], expected, rtol=1e-3)
-
-        without = z[y == c].copy()
-        without[:, top] = 0
-        accuracy = np.mean(saved.logits(without).argmax(1) == c)
-        by_class = metrics["ablation"]["top_10_by_class"]
-        assert accuracy == pytest.approx(by_class[name], abs=2e-3)
+    importance = np.abs(saved.classifier["weight"]) * saved.train_means
+    for row, top in zip(importance, saved.units("top_10"), strict=True):
+        np.testing.assert_allclose(row[top], np.sort(row)[::-1][:10], rtol=1e-3)
 
 
-def test_controls_are_controls(committed, data):
-    """From the files alone: matched twins cost a class little, others are unharmed."""
-    x, y = data.test
-    z = committed.codes(x)
-    base = committed.logits(z).argmax(1) == y
-    own, other = [], []
-    for c, name in enumerate(committed.metrics["importance"]["top_units"]):
-        without = z.copy()
-        without[:, committed.metrics["ablation"]["matched_units"][name]] = 0
-        own.append(np.mean((committed.logits(without).argmax(1) == y)[y == c]))
-        without = z.copy()
-        without[:, committed.metrics["importance"]["top_units"][name]] = 0
-        other.append(np.mean((committed.logits(without).argmax(1) == y)[y != c]))
-    ablation = committed.metrics["ablation"]
-    assert np.mean(own) == pytest.approx(
-        ablation["matched"]["10"]["own_accuracy"]["mean"], abs=1e-3
-    )
-    measured = ablation["top by importance"]["10"]["other_accuracy"]["mean"]
-    assert np.mean(other) == pytest.approx(measured, abs=1e-3)
-    assert base.mean() - np.mean(own) <= 0.05
+def test_ablation_follows_from_the_files(saved, data):
+    """What is left of each class without its top ten, and without matched units."""
+    ablation, y = saved.metrics["ablation"], data.test[1]
+    right = saved.right_without(saved.units("top_10"))
+    own = [right[c, y == c].mean() for c in range(10)]
+    by_class = list(ablation["top_10_by_class"].values())
+    np.testing.assert_allclose(own, by_class, atol=2e-3)
+    others = [right[c, y != c].mean() for c in range(10)]
+    measured = ablation["other_accuracy"]["top_10"]["10"]["mean"]
+    assert np.mean(others) == pytest.approx(measured, abs=1e-3)
+
+    right = saved.right_without(saved.units("matched"))
+    own = [right[c, y == c].mean() for c in range(10)]
+    measured = ablation["own_accuracy"]["matched"]["10"]["mean"]
+    assert np.mean(own) == pytest.approx(measured, abs=1e-3)
+    for top, matched in zip(saved.units("top_10"), saved.units("matched"), strict=True):
+        assert len({*top, *matched}) == 20
+
+
+def test_mean_shift_follows_from_the_files(saved, data):
+    """Own accuracy when only the top ten's mean logits over the class go."""
+    shift = np.stack(
+        [
+            saved.classifier["weight"][:, top] @ means[top]
+            for top, means in zip(saved.units("top_10"), saved.train_means, strict=True)
+        ]
+    )  # [10 classes, 10 logits]
+    y = data.test[1]
+    right = (saved.logits(saved.test_codes) - shift[y]).argmax(1) == y
+    measured = saved.metrics["arithmetic"]["own_accuracy"]["mean_shift"]["mean"]
+    assert right.mean() == pytest.approx(measured, abs=1e-3)
+
+
+def test_judges_see_what_is_said(reduced, data):
+    """Erased pictures, recomputed with NumPy: atoms of a class's units, equal energy."""
+    saved, x, y = reduced.saved, data.test[0][:500], data.test[1][:500]
+    z, erased = saved.test_codes[:500], {}
+    for kind in ("top_10", "matched"):
+        kept = np.zeros_like(z)
+        units = saved.units(kind)[y]
+        np.put_along_axis(kept, units, np.take_along_axis(z, units, 1), 1)
+        erased[kind] = kept @ saved.decoder["weight"].T
+    means = saved.class_means(lambda images: images)
+    erased["class_mean"] = (means - means.mean(0))[y]
+    energy = np.linalg.norm(erased["top_10"], axis=1, keepdims=True)
+    for kind, picture in erased.items():
+        norm = np.linalg.norm(picture, axis=1, keepdims=True)
+        left = np.clip(x - picture * energy / np.maximum(norm, 1e-12), 0, 1)
+        np.testing.assert_allclose(reduced.seen[kind], left, atol=1e-4, err_msg=kind)

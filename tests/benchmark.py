@@ -109,14 +109,12 @@ def recipe(seeds=(0, 1)):
             encoder, decoder = cells["as_linear"](model)
             codes = {x: cells["encode"](encoder, images[x]) for x in images}
             silent = (codes["train"].amax(0) == 0).sum().item()
-            (probe,) = cells["fit_probes"](
-                codes["train"], labels["train"], [cells["L1"]], seed
-            )
+            (probe,) = cells["fit_probes"](codes["train"], labels["train"], [cells["L1"]], seed)
             right = cells["hits"](probe, codes["validation"], labels["validation"])
             mse = F.mse_loss(decoder(codes["validation"]), images["validation"]).item()
             widths = spread(encoder.weight), spread(decoder.weight.T)
             rows.append((mse, silent, right.mean().item(), *widths, seconds))
-        mse, silent, accuracy, *rest = (statistics.mean(x) for x in zip(*rows))
+        mse, silent, accuracy, *rest = (statistics.mean(x) for x in zip(*rows, strict=True))
         print(
             f"| {name} | {mse:.5f} | {silent:.0f} | {accuracy:.3f} | "
             + " | ".join(f"{x:.0f}" for x in rest)

@@ -26,7 +26,7 @@ LADDER = (
     "literal: default start, raw pixels, constant rate",
     "+ warm-up, and a rate that falls",
     "+ centring",
-    "+ unit atoms, tied at the start",
+    "+ atoms of length one, tied at the start",
     "+ patches as the start",
     "+ shrinkage",
     "+ nested steps (the recipe)",

@@ -48,7 +48,7 @@ HEADLINES = (  # the claims that the README shows unfolded
     "test MSE",
     "probe accuracy",
     "judge (CNN): erasing the top ten costs more than matched units",
-    "judge (CNN): erasing the top ten costs more than the class's mean image",
+    "judge (CNN): erasing the top ten costs more than class mean",
     "zeroing the top ten costs more than their mean shift foretells",
     "classes whose cue unit ranks first or second",
     "decoy: best place in ten rankings",

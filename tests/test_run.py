@@ -4,11 +4,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import benchmark
 import execute
 import nbformat
 import numpy as np
 import pytest
 import replicate
+import torch
 from conftest import REDUCED, Artifacts
 
 FIGURES = 26
@@ -208,3 +210,16 @@ def test_judges_see_what_is_said(reduced, data):
         norm = np.linalg.norm(picture, axis=1, keepdims=True)
         left = np.clip(x - picture * energy / np.maximum(norm, 1e-12), 0, 1)
         np.testing.assert_allclose(reduced.seen[kind], left, atol=1e-4, err_msg=kind)
+
+
+def test_benchmark_fits_the_notebook(data):
+    """Each row of the recipe's ladder starts and makes a step."""
+    cells = benchmark.notebook_cells()
+    batch = cells["images"]["train"][:64]
+    for level in range(len(benchmark.LADDER)):
+        model = benchmark.start(cells, level, 0)
+        optimizer = torch.optim.Adam(model.parameters())
+        before = cells["evaluate"](model, batch)[0]
+        for _ in range(5):
+            cells["train_step"](model, batch, optimizer, 50)
+        assert cells["evaluate"](model, batch)[0] < before, benchmark.LADDER[level]

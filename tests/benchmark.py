@@ -1,16 +1,22 @@
-"""Measurements of the training recipe and of speed; run by hand, nothing else running.
+"""Measurements of speed and of the training recipe; run by hand, nothing else running.
 
-    python tests/benchmark.py recipe     # the ladder: one ingredient more a row
-    python tests/benchmark.py steps      # a training step against dense products
-    python tests/benchmark.py sections   # wall time and peak memory of each section
+    python tests/benchmark.py          # a step, an epoch, each section: one table
+    python tests/benchmark.py recipe   # the ladder: one ingredient more a row
 
-Each is timed in one process; alternatives take turns, and medians are given, so that the
+Both write what they find to `models/benchmark.json`, and the README's tables from it.
+Alternatives are timed in one process and take turns, and medians are given, so that the
 ratios hold where the machine's speed drifts. No test image is looked at.
 """
 
+import contextlib
+import json
 import math
+import os
+import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -56,16 +62,16 @@ def start(cells, level, seed):
     return model
 
 
-def train(cells, level, seed):
-    """Train as a row of the ladder says, 30 epochs without stopping early."""
+def train(cells, level, seed, epochs=30):
+    """Train as a row of the ladder says, without stopping early."""
     images, draws = cells["images"]["train"], cells["generator"](seed)
     cells["SHRINKAGE"] = 0.1 if level >= 5 else 0.0
     model = start(cells, level, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=level > 0)
-    steps = 30 * math.ceil(len(images) / 256)
+    steps = epochs * math.ceil(len(images) / 256)
     falls = cells["FALLS"] * steps
     step = 0
-    for _ in range(30):
+    for _ in range(epochs):
         for rows in cells["batches"](len(images), 256, draws):
             if level >= 1:
                 rate = min(1, (step + 1) / 50, (steps - step) / (steps - falls))
@@ -93,11 +99,8 @@ def spread(atoms):
 
 
 def recipe(seeds=(0, 1)):
-    """Print the ladder: mean over the seeds, on validation images."""
-    print(
-        "| recipe | validation MSE | silent units | probe accuracy "
-        "| pixels, encoder row | pixels, atom | seconds |\n|---|---|---|---|---|---|---|"
-    )
+    """The ladder's rows: mean over the seeds, on validation images."""
+    ladder = {}
     for level, name in enumerate(LADDER):
         rows = []
         for seed in seeds:
@@ -114,13 +117,9 @@ def recipe(seeds=(0, 1)):
             mse = F.mse_loss(decoder(codes["validation"]), images["validation"]).item()
             widths = spread(encoder.weight), spread(decoder.weight.T)
             rows.append((mse, silent, right.mean().item(), *widths, seconds))
-        mse, silent, accuracy, *rest = (statistics.mean(x) for x in zip(*rows, strict=True))
-        print(
-            f"| {name} | {mse:.5f} | {silent:.0f} | {accuracy:.3f} | "
-            + " | ".join(f"{x:.0f}" for x in rest)
-            + " |",
-            flush=True,
-        )
+        ladder[name] = [statistics.mean(x) for x in zip(*rows, strict=True)]
+        print(name, ladder[name], flush=True)
+    return ladder
 
 
 def median_times(alternatives, repeat=20, rounds=9):
@@ -137,9 +136,8 @@ def median_times(alternatives, repeat=20, rounds=9):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def steps():
-    """Print a training step as a share of the five dense products of its shapes."""
-    cells = notebook_cells()
+def steps(cells):
+    """A training step as a share of the five dense products of its shapes."""
     model = start(cells, 6, 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     batch = cells["images"]["train"][:256]
@@ -155,40 +153,89 @@ def steps():
     t = median_times({"five": five, "50": step(50), "10": step(10)})
     few = cells["FALLS"] * cells["NESTED"]
     mix = (1 - few) * t["50"] + few * t["10"]
-    print(f"five dense products: {1000 * t['five']:.1f} ms")
-    print(f"a step with 50 units: {t['50'] / t['five']:.2f} of that")
-    print(f"a step with 10 units: {t['10'] / t['five']:.2f}")
-    print(f"the run's mix of both: {mix / t['five']:.2f}")
+    return {
+        "a training step with 50 active units, of five dense products": t["50"] / t["five"],
+        "a step with 10": t["10"] / t["five"],
+        "a step, mean of the run's mix of both": mix / t["five"],
+    }
+
+
+def race(cells):
+    """Training as the recipe says, as a share of the literal recipe's time, a few steps each."""
+    images, times = cells["images"]["train"], {0: [], len(LADDER) - 1: []}
+    few = {"images": {"train": images[: 50 * 256]}}
+    for _ in range(3):
+        for level in times:
+            begun = time.perf_counter()
+            train({**cells, **few}, level, 0, epochs=2)
+            times[level].append(time.perf_counter() - begun)
+    literal, ours = map(statistics.median, times.values())
+    return {"training, of the literal recipe's time": ours / literal}
 
 
 def sections():
-    """Print wall time and peak memory (Linux) of each section of a full run."""
+    """Wall time and peak memory (Linux) of a full run, and of each section."""
     shell = InteractiveShell.instance()
     title, rows = "", {}
-    for cell in execute.read().cells:
+    folder = tempfile.mkdtemp()
+    for cell in execute.inject(execute.read(), DATA_DIR=DATA, MODELS_DIR=folder).cells:
         if cell.cell_type == "markdown":
             headings = [x for x in cell.source.splitlines() if x.startswith("## ")]
             title = headings[0][3:] if headings else title
             continue
         Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
         begun = time.perf_counter()
-        shell.run_cell(cell.source, store_history=True).raise_error()
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            shell.run_cell(cell.source, store_history=True).raise_error()
         seconds = time.perf_counter() - begun
         status = Path("/proc/self/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) / 1e6
         before = rows.get(title, (0.0, 0.0))
         rows[title] = (before[0] + seconds, max(before[1], peak))
-    print("| section | seconds | peak memory, GB |\n|---|---|---|")
-    for title, (seconds, peak) in rows.items():
-        print(f"| {title} | {seconds:.1f} | {peak:.2f} |")
-    print(f"| all | {sum(s for s, _ in rows.values()):.0f} | |")
+    part_1 = [s for title, (s, _) in rows.items() if int(title.split()[0]) <= 10]
+    return {
+        "the whole notebook, seconds": sum(s for s, _ in rows.values()),
+        "Part I, seconds": sum(part_1),
+        "peak memory, GB": max(peak for _, peak in rows.values()),
+        **{f"section {title}, seconds": s for title, (s, _) in rows.items()},
+    }
+
+
+def first_output():
+    """Seconds until a fresh process has shown the first output, that of section 2."""
+    code = f"import execute; execute.run_cells('split', DATA_DIR={DATA!r})"
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    return {"first output, seconds": time.perf_counter() - begun}
+
+
+def speed():
+    """The table of speed."""
+    cells = notebook_cells()
+    return steps(cells) | race(cells) | first_output() | sections()
+
+
+def machine():
+    """What this was measured on."""
+    cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    name = cpu[0].split(":")[1].strip() if cpu else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main(what):
+    """Measure, print the table, and write file and README anew."""
+    found = {"machine": machine(), "measured": {"recipe": recipe, "speed": speed}[what]()}
+    found["code_sha256"] = execute.code_sha256(execute.read())
+    whole = json.loads(execute.BENCHMARK.read_text()) if execute.BENCHMARK.exists() else {}
+    execute.write_json(execute.BENCHMARK, whole | {what: found})
+    execute.update_readme()
+    print(execute.benchmark_table(what))
 
 
 if __name__ == "__main__":
     matplotlib.use("agg")
-    measurements = {f.__name__: f for f in (recipe, steps, sections)}
-    asked = sys.argv[1] if len(sys.argv) > 1 else ""
-    if asked not in measurements:
+    torch.set_flush_denormal(True)
+    asked = sys.argv[1:] or ["speed"]
+    if asked not in (["speed"], ["recipe"]):
         sys.exit(__doc__)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    measurements[asked]()
+    main(*asked)

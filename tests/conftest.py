@@ -1,5 +1,6 @@
 """What several tests share: the data, and one reduced run of the whole notebook."""
 
+import copy
 import functools
 import json
 from types import SimpleNamespace
@@ -113,10 +114,38 @@ def refusal_of(call, given):
 
 
 picture = images["test"][0]
-spoilt = {"above 1": 255 * picture, "short": picture[1:], "no number": picture * math.nan}
+gray_255 = (255 * picture).round().to(torch.uint8).reshape(28, 28).cpu()
+pillow = PIL.Image.fromarray(gray_255.numpy())
+kinds = {
+    "tensor": picture,
+    "with a gradient": picture.clone().requires_grad_(),
+    "batch of one": picture.reshape(1, 1, 28, 28),
+    "array": picture.cpu().numpy().astype(np.float64).reshape(28, 28),
+    "list": picture.tolist(),
+    "uint8": gray_255.numpy(),
+    "uint8 tensor": gray_255,
+    "PIL": pillow,
+    "negative": 1 - picture,
+}
+spoilt = {
+    "above 1": 255 * picture,
+    "integers": gray_255.tolist(),
+    "short": picture[1:],
+    "other shape": picture.reshape(14, 56),
+    "empty": [],
+    "colours": pillow.convert("RGB"),
+    "not a number": picture * math.nan,
+    "ragged": [[0.0, 1.0], [0.5]],
+    "nothing": None,
+    "text": "a shoe",
+}
 ending = {
     "look_at": [seconds_of(look_at, images["test"][i]) for i in (1, 2, 3)],
     "look_at_unit": [seconds_of(look_at_unit, unit) for unit in (0, 1, N_UNITS - 1)],
+    "read": {
+        what: ((pixels_of(given)[0] - picture).abs().max().item(), pixels_of(given)[1])
+        for what, given in kinds.items()
+    },
     "no image": {what: refusal_of(look_at, given) for what, given in spoilt.items()},
     "no unit": {repr(x): refusal_of(look_at_unit, x) for x in (-1, N_UNITS, "3", True, 2.0)},
 }
@@ -125,22 +154,37 @@ given = images["test"][:500], test_codes[:500], labels["test"][:500]
 for kind in ("top_10", "matched", "class_mean"):
     seen[kind] = left_of(study, *given, kind).cpu().numpy()
 np.savez("seen.npz", **seen)
+import shutil
+
+shutil.copytree(MODELS, "saved")
 print(json.dumps(ending))
 """
 
 
+HEAVY = {"run-training", "baselines", "judges", "plant", "retrain"}  # not run once more
+
+
 @pytest.fixture(scope="session")
 def reduced(tmp_path_factory, data):
-    """The whole notebook, run in an empty folder with few epochs, and what it saved."""
+    """The whole notebook, run in an empty folder with few epochs, and what it saved.
+
+    After its end, and what a reader does there, its cells are run once more, from the
+    last to the first, but for the heavy ones. (Saving anew removes metrics.json, so
+    the files are copied before.)
+    """
     folder = tmp_path_factory.mktemp("reduced")
     notebook = execute.inject(execute.read(), **REDUCED)
-    notebook.cells.append(nbformat.v4.new_code_cell(ENDING))
+    n, ending = len(notebook.cells), nbformat.v4.new_code_cell(ENDING)
+    again = [cell for cell in execute.code_cells(notebook)[::-1] if cell["id"] not in HEAVY]
+    notebook.cells += [ending, *map(copy.deepcopy, again)]
     execute.execute(notebook, folder)
-    *_, said = notebook.cells.pop().outputs
+    *_, said = notebook.cells[n].outputs
+    notebook.cells, backwards = notebook.cells[:n], notebook.cells[n + 1 :]
     return SimpleNamespace(
         notebook=notebook,
+        backwards=backwards,
         folder=folder,
-        saved=Artifacts(folder / "models", data),
+        saved=Artifacts(folder / "saved", data),
         ending=json.loads(said.text),
         seen=np.load(folder / "seen.npz"),
     )

@@ -9,6 +9,7 @@ replication use these functions.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import logging
@@ -25,7 +26,9 @@ NOTEBOOK = ROOT / "fashion_sae.ipynb"
 README = ROOT / "README.md"
 MODELS = ROOT / "models"
 REPLICATION = MODELS / "replication.json"
-BEGIN, END = "<!-- results: written by tests/execute.py -->", "<!-- end of results -->"
+BENCHMARK = MODELS / "benchmark.json"
+REQUIREMENTS = ROOT / "requirements.txt"
+VERSIONS = "# the committed run: "  # begins the line of requirements.txt that names them
 WIDGET = "application/vnd.jupyter.widget-view+json"
 INJECTED = "injected-parameters"
 METADATA = {
@@ -187,8 +190,9 @@ def claims_table(metrics, kind, runs, only=None):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def results(metrics):
-    """What the README says between its markers: headlines, and all claims folded."""
+def results(metrics=None):
+    """The README's results: headlines, and all claims folded."""
+    metrics = metrics or json.loads((MODELS / "metrics.json").read_text())
     runs = replicated(metrics["code_sha256"])
     return "\n\n".join(
         [
@@ -202,6 +206,28 @@ def results(metrics):
     )
 
 
+def benchmark_table(what):
+    """What `tests/benchmark.py` found, speed or recipe, as a table in Markdown."""
+    found = json.loads(BENCHMARK.read_text())[what]
+    if what == "speed":
+        heads = [f"on {found['machine']}", "measured"]
+        rows = [[name, f"{x:.3g}"] for name, x in found["measured"].items()]
+    else:
+        heads = ["recipe", "validation MSE", "silent", "probe accuracy"]
+        heads += ["pixels, encoder row", "pixels, atom", "seconds"]
+        digits = (".5f", ".0f", ".3f", ".0f", ".0f", ".0f")
+        rows = [[name, *map(format, values, digits)] for name, values in found["measured"].items()]
+    table = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def versions():
+    """The line of requirements.txt that names the committed run's packages."""
+    used = json.loads((MODELS / "metrics.json").read_text())["environment"]
+    named = [name for name in used if name not in ("device", "threads")]
+    return VERSIONS + ", ".join(f"{name} {used[name]}" for name in named)
+
+
 def picture(notebook, cell_id):
     """The bytes of the PNG that a cell shows."""
     cell = next(cell for cell in notebook.cells if cell["id"] == cell_id)
@@ -209,13 +235,27 @@ def picture(notebook, cell_id):
     return base64.b64decode(next(o["image/png"] for o in outputs if "image/png" in o))
 
 
-def update_readme(notebook, metrics):
-    """Bring the README's tables and pictures up to the run."""
-    before, rest = README.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{results(metrics)}\n{END}{after}")
-    for name, cell_id in PICTURES.items():
-        (MODELS / name).write_bytes(picture(notebook, cell_id))
+# what stands between two markers of the README, and what writes it
+BLOCKS = {
+    "results": results,
+    "recipe": functools.partial(benchmark_table, "recipe"),
+    "speed": functools.partial(benchmark_table, "speed"),
+}
+
+
+def block(text, name):
+    """Where a block of the README begins and ends in its text."""
+    begin, end = f"<!-- {name}: generated -->\n", f"\n<!-- end of {name} -->"
+    return text.index(begin) + len(begin), text.index(end)
+
+
+def update_readme():
+    """Bring the README's tables up to the files in models/."""
+    text = README.read_text()
+    for name, write in BLOCKS.items():
+        begin, end = block(text, name)
+        text = text[:begin] + write() + text[end:]
+    README.write_text(text)
 
 
 def main():
@@ -225,7 +265,12 @@ def main():
     metrics["code_sha256"] = code_sha256(notebook)
     write_json(MODELS / "metrics.json", metrics)
     nbformat.write(notebook, NOTEBOOK)
-    update_readme(notebook, metrics)
+    for name, cell_id in PICTURES.items():
+        (MODELS / name).write_bytes(picture(notebook, cell_id))
+    lines = REQUIREMENTS.read_text().splitlines()
+    lines = [versions() if line.startswith(VERSIONS) else line for line in lines]
+    REQUIREMENTS.write_text("\n".join(lines) + "\n")
+    update_readme()
     print(f"{NOTEBOOK.name} is executed and saved; what it trained is in models/")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -35,17 +36,18 @@ BAD = {  # too small, too large, of a wrong type
     "BATCH_SIZE": (0, 44_001, 256.0),
     "LEARNING_RATE": (0.0, 1.5, math.nan),
     "PATIENCE": (0, 10_001, [5]),
-    "N_UNITS": (63, 16_385, "many"),
+    "N_UNITS": (63, 8_193, "many"),
     "K": (0, 1025, 2.5),
     "NESTED": (-0.1, 1.1, True),
     "SHRINKAGE": (-0.1, 10.5, None),
     "WINDOW": (0.4, 28.5, "3"),
-    "L1": (0.0, 1.1, math.inf),
+    "L1": (0.0, 1.1, math.inf, "1e-4"),
     "PROBE_EPOCHS": (0, 10_001, None),
     "CONTROL_EPOCHS": (0, 10_001, None),
     "OVERLAY_UNITS": (0, 101, 5.0),
     "MAP_IMAGES": (1, 501, "all"),
     "BOOTSTRAPS": (99, 10_001, 1e3),
+    "USE_DEVICE": ("gpu", None, 0),
     "DATA_DIR": ("", None),
     "MODELS_DIR": ("", 3),
 }
@@ -65,6 +67,27 @@ def test_no_parameter_is_left_out():
 def imported():
     """What the notebook's first cell imports."""
     return execute.run_cells("imports")
+
+
+def test_device_that_does_not_work(imported, monkeypatch, capsys):
+    """One that is announced, or asked for, gives way to the CPU with a sentence."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for asked, name in (("auto", "cuda"), ("cuda", "cuda"), ("mps", "mps")):
+        cells = execute.run_cells("seeds", {**imported}, after="imports", USE_DEVICE=asked)
+        assert cells["DEVICE"] == torch.device("cpu")
+        said = capsys.readouterr().out
+        assert re.fullmatch(
+            rf"The device {name} does not work here \(.+\): the CPU is used\.\n", said
+        )
+
+
+def test_captum_missing(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "captum" else found(n))
+    with pytest.raises(ImportError, match=r'run `pip install "captum>=0\.9"`'):
+        exec(source_of("imports").split("import contextlib")[0].replace("%pip", "#"), {})
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in BAD for value in BAD[name]])
@@ -143,7 +166,7 @@ def spoil(raw, name, damage):
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "truncated.gz"])
 def test_corrupt_data_is_named(raw, name, damage):
     spoil(raw, name, damage)
-    with pytest.raises(ValueError, match=rf"{name}(\.gz)? is corrupt: .* Delete it and run"):
+    with pytest.raises(ValueError, match=rf"{name}(\.gz)? cannot be used: .* Delete it and run"):
         read_data(raw)
 
 
@@ -162,6 +185,15 @@ def test_official_archives_are_enough(raw, data):
     np.testing.assert_array_equal(images["test"].numpy(), data.test[0])
     assert len(images["train"]) == 54_000
     assert not any((raw / name).exists() for name in NAMES)  # nothing was fetched
+
+
+def test_folder_that_vanishes(raw):
+    cells = execute.run_cells("fetch", DATA_DIR=str(raw.parent.parent))
+    shutil.rmtree(raw)
+    with pytest.raises(
+        ValueError, match=r"train-images-idx3-ubyte\.gz cannot be used: .*No such file"
+    ):
+        execute.run_cells("split", cells, after="fetch")
 
 
 def no_answer(*_, **__):
@@ -192,7 +224,7 @@ def test_source_with_wrong_content_is_not_used(raw):
         (folder / NAMES[1]).write_bytes(b"not the labels")
         return folder
 
-    with pytest.raises(RuntimeError, match="train-labels-idx1-ubyte is corrupt"):
+    with pytest.raises(RuntimeError, match="train-labels-idx1-ubyte cannot be used"):
         fetch_with(raw, liar)
     assert len(list(raw.iterdir())) == 3
 
@@ -201,6 +233,14 @@ def test_source_with_the_official_content_is_used(raw):
     fetch_with(raw, lambda _: DATA / RAW)
     assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES)
     read_data(raw)
+
+
+def test_full_disk_while_fetching(raw):
+    """Nothing is left of a file that did not fit; /dev/full is a disk without room."""
+    (raw / f"{NAMES[0]}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(RuntimeError, match=f"{NAMES[0]} cannot be written .*No space left"):
+        fetch_with(raw, lambda _: DATA / RAW)
+    assert sorted(path.name for path in raw.iterdir()) == sorted({*NAMES} - {NAMES[1]})
 
 
 @pytest.mark.slow
@@ -241,8 +281,33 @@ def small_training(cells, epochs=1, seed=0, **options):
     return cells["train"](images, images, epochs, seed, **options)
 
 
+def set_parameter(cells, name, value, monkeypatch):
+    """Let a parameter be as if it had been set before the run."""
+    monkeypatch.setitem(cells, name, value)
+    monkeypatch.setitem(cells["metrics"]["config"], name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("K", 10), ("L1", 1e-3), ("SEED", 1)])
+def test_parameter_changed_later_is_refused(defined, name, value, monkeypatch):
+    """Neither a training nor a claim mixes old and new."""
+    before = defined[name]
+    monkeypatch.setitem(defined, name, value)
+    said = rf"{name} was {before} in this run: run again from the parameters"
+    with pytest.raises(RuntimeError, match=said):
+        small_training(defined)
+    with pytest.raises(RuntimeError, match=said):
+        defined["claim"]("anything", 1, at_least=0)
+
+
+def test_results_of_another_run_are_refused(defined, monkeypatch):
+    """The cells up to the parameters' are run again, and then section 4 without the data."""
+    monkeypatch.delitem(defined["metrics"], "data_sha256")
+    with pytest.raises(RuntimeError, match="data_sha256 is not there yet in this run: run again"):
+        small_training(defined)
+
+
 def test_loss_that_is_not_finite(defined, monkeypatch):
-    monkeypatch.setitem(defined, "LEARNING_RATE", 1e30)
+    set_parameter(defined, "LEARNING_RATE", 1e30, monkeypatch)
     with pytest.raises(
         FloatingPointError, match=r"the loss is (nan|inf) at epoch 1, step \d: lower LEARNING_RATE"
     ):
@@ -292,8 +357,8 @@ def test_stop_button_keeps_the_best_epoch(defined, monkeypatch, capsys):
 @pytest.mark.parametrize(("epoch", "keep"), [(1, True), (3, False)])
 def test_stop_button_stops_where_nothing_is_to_keep(defined, epoch, keep, monkeypatch):
     stop_in(defined, epoch, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        small_training(defined, epochs=4, keep_if_stopped=keep)
+    with pytest.raises(KeyboardInterrupt, match="cues was stopped, and nothing is made of half"):
+        small_training(defined, epochs=4, what="cues", keep_if_stopped=keep)
 
 
 def test_nested_steps_end_when_the_rate_falls(defined, monkeypatch):
@@ -302,10 +367,10 @@ def test_nested_steps_end_when_the_rate_falls(defined, monkeypatch):
 
     def train_step(model, batch, optimizer, k):
         loss, fired = whole(model, batch, optimizer, k)
-        used.append((k, len(fired) <= k * len(batch)))
+        used.append((k, fired.any().item()))
         return loss, fired
 
-    monkeypatch.setitem(defined, "NESTED", 1.0)
+    set_parameter(defined, "NESTED", 1.0, monkeypatch)
     monkeypatch.setitem(defined, "train_step", train_step)
     small_training(defined, epochs=10)
     assert used == [(10, True)] * 7 * STEPS + [(50, True)] * 3 * STEPS
@@ -313,7 +378,7 @@ def test_nested_steps_end_when_the_rate_falls(defined, monkeypatch):
 
 def test_patience_counts_once_the_rate_falls(defined, monkeypatch):
     """Ten epochs without any progress: seven at the full rate, and two of patience."""
-    monkeypatch.setitem(defined, "PATIENCE", 2)
+    set_parameter(defined, "PATIENCE", 2, monkeypatch)
     monkeypatch.setitem(defined, "evaluate", lambda *_: (1.0, 0.0))
     _, history = small_training(defined, epochs=10)
     assert history.index[-1] == 9
@@ -336,6 +401,7 @@ def saving(defined, tmp_path):
         ("classifier", 1024, 10),
     ):
         cells["layers"][name] = torch.nn.Linear(n_in, n_out).requires_grad_(False)
+    cells |= {"same_run": lambda *_: None, "RESULTS": ()}
     cells["study"] = SimpleNamespace(classifier=cells["layers"]["classifier"])
     cells["metrics"] = {"set": "old"}
     return cells
@@ -413,6 +479,22 @@ def test_killed_while_saving(saving, fatal):
         assert digest_of(path) in known or torch.load(path, weights_only=True)
     save(saving)
     assert len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["encoder.pth", "classifier.pth", "metrics.json"])
+def test_full_disk_while_saving(saving, name):
+    """One clear error, no half of a file, and once there is room all is saved."""
+    folder = saving["MODELS"]
+    save(saving)
+    saving["metrics"] = {"set": "new"}
+    (folder / f"{name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(RuntimeError, match=rf"{name} cannot be written .*: make room there"):
+        save(saving)
+    layers = {f"{layer}.pth" for layer in saving["layers"]}
+    assert {path.name for path in folder.iterdir()} == layers
+    assert all(torch.load(folder / layer, weights_only=True) for layer in layers)
+    save(saving)
+    assert len(saving["load_models"]()) == 3
 
 
 def test_set_that_is_none_is_refused(saving):

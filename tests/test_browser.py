@@ -103,6 +103,49 @@ def run_all_cells(page, prompt):
     raise AssertionError("the parameters have not run; page.png shows what is there")
 
 
+def check_saved_and_opened_again(lab, page, tmp_path):
+    """Nothing of the bars is left: not in the file, and no red error on the page."""
+    page.locator(".jp-CodeCell .jp-InputPrompt").last.click()
+    page.keyboard.press("Control+s")
+    path = tmp_path / "fashion_sae.ipynb"
+    for _ in range(100):
+        if (text := path.read_text()).count('"image/png"') >= FIGURES:
+            break
+        time.sleep(0.2)
+    assert text.count('"image/png"') >= FIGURES, "the page was not saved"
+    assert execute.WIDGET not in text
+    page.goto("about:blank")
+    page.goto(f"{lab}/lab/tree/fashion_sae.ipynb?token=test")
+    pictures = page.locator(".jp-OutputArea img")
+    pictures.nth(FIGURES - 1).wait_for(timeout=60_000)
+    time.sleep(2)
+    assert "model not found" not in page.inner_text("body").lower()
+    assert page.locator(".jp-OutputArea .jupyter-widgets").count() == 0
+
+
+def check_sliders(page):
+    """`live()` in a new cell: a slider moves, and its picture changes."""
+    page.locator(".jp-CodeCell .cm-content").last.click()
+    for key in ("Escape", "b", "Enter"):
+        page.keyboard.press(key)
+    page.keyboard.type("live()")
+    page.keyboard.press("Shift+Enter")
+    handles = page.locator(".jp-OutputArea .noUi-handle")
+    handles.nth(1).wait_for(timeout=30_000)
+    assert handles.count() == 2
+    for i in range(2):  # of look_at, of look_at_unit
+        picture = page.locator(".widget-interact").nth(i).locator("img")
+        picture.wait_for(timeout=10_000)
+        before = picture.get_attribute("src")
+        handles.nth(i).focus()
+        page.keyboard.press("ArrowRight")
+        for _ in range(50):
+            if picture.count() == 1 and picture.get_attribute("src") != before:
+                break
+            time.sleep(0.1)
+        assert picture.get_attribute("src") != before, "the picture did not change"
+
+
 def test_run_all_cells(lab, page, tmp_path):
     page.goto(f"{lab}/lab/tree/fashion_sae.ipynb?token=test")
     cells = page.locator(".jp-CodeCell")
@@ -124,3 +167,5 @@ def test_run_all_cells(lab, page, tmp_path):
     assert len(bars) > 3, "the progress bar was not seen moving"
     assert page.locator(".jp-OutputArea img").count() == FIGURES
     assert (tmp_path / "models" / "metrics.json").exists()
+    check_saved_and_opened_again(lab, page, tmp_path)
+    check_sliders(page)

@@ -1,6 +1,9 @@
 """A reduced run of the whole notebook, checked against NumPy."""
 
+import copy
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +25,7 @@ def outputs(notebook):
 
 
 def test_everything_came_out(reduced):
-    names = {path.name for path in (reduced.folder / "models").iterdir()}
+    names = {path.name for path in (reduced.folder / "saved").iterdir()}
     assert names == {"encoder.pth", "decoder.pth", "classifier.pth", "metrics.json"}
     assert reduced.saved.metrics["config"]["EPOCHS"] == 2
     assert set(reduced.saved.metrics) >= {
@@ -52,11 +55,51 @@ def test_every_figure_is_read(reduced):
         assert execute.picture(reduced.notebook, cell_id)
 
 
-def test_look_at_answers_in_two_seconds(reduced):
+def test_it_ends_with_a_line(reduced):
+    """How long it took, which files there are, and where to look first."""
+    (line,) = execute.code_cells(reduced.notebook)[-1].outputs
+    said = line["data"]["text/markdown"]
+    assert said.startswith(f"Done in {reduced.saved.metrics['seconds'] / 60:.1f} minutes.")
+    for word in ("encoder.pth", "decoder.pth", "classifier.pth", "metrics.json", "(#12-", "(#16-"):
+        assert word in said
+
+
+def shown_by(cell):
+    """Outputs of a cell, without the number of its execution."""
+    return [{**out, "execution_count": None} for out in cell.outputs]
+
+
+def test_cells_can_be_run_again_from_the_last_to_the_first(reduced):
+    """Nothing is raised, which the fixture would show, and no output changes."""
+    first = {cell["id"]: shown_by(cell) for cell in execute.code_cells(reduced.notebook)}
+    assert len(reduced.backwards) > 50
+    for cell in reduced.backwards:
+        assert shown_by(cell) == first[cell["id"]], cell["id"]
+
+
+def test_own_pictures(reduced):
+    """What is a picture is read, with a remark where there is one; the rest is refused."""
     ending = reduced.ending
-    assert max(ending["look_at"] + ending["look_at_unit"]) < 2
-    for error in ending["no image"].values():
-        assert error and "28 x 28 = 784 of them, from 0 (black" in error
+    for seconds in (ending["look_at"], ending["look_at_unit"]):
+        assert sorted(seconds)[1] < 0.5  # of three; sliders stand before both
+    bytes_, border = "Its values were read as 0 to 255 (uint8).", "Its border is brighter"
+    for what, (off, remark) in ending["read"].items():
+        assert (off > 0.5) if what == "negative" else (off < 1e-6), what
+        assert (bytes_ in remark) == (what in ("uint8", "uint8 tensor", "PIL")), what
+        assert (border in remark) == (what == "negative"), what
+    asked = "give 28 x 28 values from 0 (black, the background) to 1, or to 255 of type uint8"
+    said = {
+        "above 1": f"the image goes from 0.0 to 255.0: {asked}",
+        "integers": f"the image goes from 0.0 to 255.0: {asked}",
+        "short": f"the image has the shape (783,): {asked}",
+        "other shape": f"the image has the shape (14, 56): {asked}",
+        "empty": f"the image has the shape (0,): {asked}",
+        "colours": f"the image has the shape (28, 28, 3): {asked}; colours become gray by "
+        'image.convert("L")',
+        "not a number": f"the image goes from nan to nan: {asked}",
+    }
+    for what, error in ending["no image"].items():
+        assert error == said[what] if what in said else "is no array of numbers" in error, what
     for unit, error in ending["no unit"].items():
         assert error == f"unit = {unit} is none: give an int from 0 to 1023"
 
@@ -72,7 +115,7 @@ def test_unknown_parameter_is_an_error():
     [
         {"K": 1, "EPOCHS": 1},
         {"N_UNITS": 64, "K": 64, "BATCH_SIZE": 1000},
-        {"N_UNITS": 4096, "EPOCHS": 1},
+        {"N_UNITS": 8192, "EPOCHS": 1},
         {"HELD_OUT": 6, "SEED": 6},
     ],
     ids=lambda extreme: ", ".join(f"{k}={v}" for k, v in extreme.items()),
@@ -84,6 +127,30 @@ def test_extremes_run_through(extreme, tmp_path, data):
     execute.execute(notebook, tmp_path)
     saved = Artifacts(tmp_path / "models", data)
     assert 0 < (saved.codes(data.test[0][:500]) > 0).sum(1).max() <= saved.k
+
+
+@pytest.mark.slow
+def test_twice_in_one_kernel_is_as_once(tmp_path, data):
+    """Run All, and Run All again: the same outputs, but for the time, and the same files."""
+    notebook = execute.inject(execute.read(), **REDUCED)
+    n = len(notebook.cells)
+    digest = "[hashlib.sha256((MODELS / x).read_bytes()).hexdigest() for x in sorted(layer_sums())]"
+    notebook.cells += [nbformat.v4.new_code_cell(digest), *copy.deepcopy(notebook.cells)]
+    notebook.cells.append(nbformat.v4.new_code_cell(digest))
+    execute.execute(notebook, tmp_path)
+    once, twice = notebook.cells[: n + 1], notebook.cells[n + 1 :]
+    for a, b in zip(once, twice, strict=True):
+        if a.cell_type == "code" and a["id"] != "write-metrics":
+            assert shown_by(a) == shown_by(b), a["id"]
+
+
+@pytest.mark.slow
+def test_as_a_script(tmp_path, data):
+    """`jupyter nbconvert --to script`, then `python`, without a kernel."""
+    nbformat.write(execute.inject(execute.read(), **REDUCED), tmp_path / "study.ipynb")
+    for command in ("-m nbconvert --to script study.ipynb", "study.py"):
+        subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True)
+    assert (tmp_path / "models" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("block", [0, 1, 6])

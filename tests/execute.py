@@ -208,7 +208,9 @@ def results(metrics=None):
 
 def benchmark_table(what):
     """What `tests/benchmark.py` found, speed or recipe, as a table in Markdown."""
-    found = json.loads(BENCHMARK.read_text())[what]
+    found = json.loads(BENCHMARK.read_text()).get(what)
+    if not found:
+        return "not measured yet"
     if what == "speed":
         heads = [f"on {found['machine']}", "measured"]
         rows = [[name, f"{x:.3g}"] for name, x in found["measured"].items()]

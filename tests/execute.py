@@ -54,7 +54,7 @@ HEADLINES = (  # the claims that the README shows unfolded
     "judge (CNN): erasing the top ten costs more than class mean",
     "zeroing the top ten costs more than their mean shift foretells",
     "classes whose cue unit ranks first or second",
-    "decoy: best place in ten rankings",
+    "decoy: best place in ten rankings (1 is the top)",
     "activity on mutual best matches: another start",
 )
 

@@ -14,6 +14,7 @@ import nbformat
 import pytest
 from conftest import REDUCED
 from playwright.sync_api import sync_playwright
+from test_committed import convert
 from test_run import FIGURES
 
 pytestmark = pytest.mark.browser
@@ -169,3 +170,21 @@ def test_run_all_cells(lab, page, tmp_path):
     assert (tmp_path / "models" / "metrics.json").exists()
     check_saved_and_opened_again(lab, page, tmp_path)
     check_sliders(page)
+
+
+DEAD = """links => links.map(a => decodeURIComponent(a.getAttribute('href').slice(1)))
+    .filter(id => !document.getElementById(id))"""
+WIDE = "all => all.filter(x => x.getBoundingClientRect().right > innerWidth + 1).length"
+
+
+@pytest.mark.parametrize("width", [1400, 700])
+def test_html_page_fits(page, tmp_path, width):
+    """The page that the README makes: links lead somewhere, nothing runs off the page."""
+    path = tmp_path / "page.html"
+    path.write_text(convert("html", "--template", "classic"))
+    page.set_viewport_size({"width": width, "height": 1000})
+    page.goto(path.as_uri())
+    links = page.locator("a[href^='#']")
+    assert links.count() > 16
+    assert links.evaluate_all(DEAD) == []
+    assert page.locator("table, img, pre").evaluate_all(WIDE) == 0

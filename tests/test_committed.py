@@ -86,6 +86,10 @@ def test_shape(notebook):
     headings = re.findall(r"^#+ (.+)$", "\n".join(texts), re.M)
     sections = [m for text in texts if (m := re.match(r"## (\d+) \S", text))]
     assert [int(m[1]) for m in sections] == list(range(1, 17))
+    head = re.compile("## |# Part|### What we")
+    begins = [i for i, cell in enumerate(notebook.cells) if head.match(cell.source)]
+    ends = [notebook.cells[i - 1].source for i in [*begins[2:], len(notebook.cells)]]
+    assert ends.count("[↑ Contents](#Contents)") == 16  # the end of each section leads back up
     anchors = {heading.strip().replace(" ", "-") for heading in headings}
     links = re.findall(r"\]\(#(.+?)\)", "\n".join(texts))
     assert set(links) <= anchors

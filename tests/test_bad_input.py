@@ -69,6 +69,17 @@ def imported():
     return execute.run_cells("imports")
 
 
+def test_home_and_variables_in_folders(imported, tmp_path, monkeypatch):
+    """~ and environment variables, the same for all that reads them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path / "place"))
+    folders = {"DATA_DIR": "~/data", "MODELS_DIR": "$PLACE/models"}
+    cells = execute.run_cells("files", {**imported}, after="imports", **folders)
+    assert cells["RAW"] == tmp_path / "data" / RAW
+    assert (tmp_path / "place" / "models").is_dir()  # where section 6 saves, by path_of as well
+    assert "MODELS = path_of(MODELS_DIR)" in source_of("save")
+
+
 def test_device_that_does_not_work(imported, monkeypatch, capsys):
     """One that is announced, or asked for, gives way to the CPU with a sentence."""
     if torch.cuda.is_available() or torch.backends.mps.is_available():

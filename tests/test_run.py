@@ -115,7 +115,7 @@ def test_unknown_parameter_is_an_error():
     [
         {"K": 1, "EPOCHS": 1},
         {"N_UNITS": 64, "K": 64, "BATCH_SIZE": 1000},
-        {"N_UNITS": 8192, "EPOCHS": 1},
+        {"N_UNITS": 8192, "EPOCHS": 1, "PROBE_EPOCHS": 1},
         {"HELD_OUT": 6, "SEED": 6},
     ],
     ids=lambda extreme: ", ".join(f"{k}={v}" for k, v in extreme.items()),

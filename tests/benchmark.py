@@ -174,11 +174,14 @@ def race(cells):
 
 
 def sections():
-    """Wall time and peak memory (Linux) of a full run, and of each section."""
+    """Wall time of a full run and of each section, and peak memory (Linux).
+
+    PyTorch and matplotlib are imported already; what is saved goes to a folder of its own.
+    """
     shell = InteractiveShell.instance()
     title, rows = "", {}
-    folder = tempfile.mkdtemp()
-    for cell in execute.inject(execute.read(), DATA_DIR=DATA, MODELS_DIR=folder).cells:
+    folder = tempfile.TemporaryDirectory()
+    for cell in execute.inject(execute.read(), DATA_DIR=DATA, MODELS_DIR=folder.name).cells:
         if cell.cell_type == "markdown":
             headings = [x for x in cell.source.splitlines() if x.startswith("## ")]
             title = headings[0][3:] if headings else title
@@ -192,6 +195,7 @@ def sections():
         peak = int(status.split("VmHWM:")[1].split()[0]) / 1e6
         before = rows.get(title, (0.0, 0.0))
         rows[title] = (before[0] + seconds, max(before[1], peak))
+    folder.cleanup()
     part_1 = [s for title, (s, _) in rows.items() if int(title.split()[0]) <= 10]
     return {
         "the whole notebook, seconds": sum(s for s, _ in rows.values()),

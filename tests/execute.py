@@ -1,280 +1,257 @@
 """Execute `fashion_sae.ipynb`: the one place that does it.
 
-    python tests/execute.py
-
-makes the full run in the repository and saves the notebook with its outputs, clean of
-whatever would change from machine to machine; it adds the hash of the code to
-`models/metrics.json` and brings the README's results up to the run. Tests, benchmark and
-replication use these functions.
+`python tests/execute.py` makes the full run, saves the notebook with its outputs, adds the
+hash of its code to `models/metrics.json`, and brings the README up to the run.
 """
 
+import ast
 import base64
-import functools
+import contextlib
 import hashlib
 import json
-import logging
 import os
+import statistics
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "fashion_sae.ipynb"
 README = ROOT / "README.md"
-MODELS = ROOT / "models"
-REPLICATION = MODELS / "replication.json"
-BENCHMARK = MODELS / "benchmark.json"
 REQUIREMENTS = ROOT / "requirements.txt"
-VERSIONS = "# the committed run: "  # begins the line of requirements.txt that names them
+MODELS = ROOT / "models"
+DATA = ROOT / "data"
+FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
+FILES += ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package below
+VERSIONS = "# the committed run: "  # begins a line of requirements.txt
 WIDGET = "application/vnd.jupyter.widget-view+json"
 INJECTED = "injected-parameters"
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {  # what `jupyter nbconvert --to script` needs, and no version
-        "codemirror_mode": {"name": "ipython", "version": 3},
-        "file_extension": ".py",
-        "mimetype": "text/x-python",
-        "name": "python",
-        "nbconvert_exporter": "python",
-        "pygments_lexer": "ipython3",
-    },
-}
-PICTURES = {  # of the README, and the cells that show them
-    "judge.png": "judge-figure",
-    "known_answer.png": "known-answer-figure",
-    "class_atoms.png": "class-atoms",
-}
-HEADLINES = (  # the claims that the README shows unfolded
-    "test MSE",
-    "probe accuracy",
-    "judge (CNN): erasing the top ten costs more than matched units",
-    "judge (CNN): erasing the top ten costs more than class mean",
-    "zeroing the top ten costs more than their mean shift foretells",
-    "classes whose cue unit ranks first or second",
-    "decoy: best place in ten rankings (1 is the top)",
-    "activity on mutual best matches: another start",
-)
+PICTURES = {"class_atoms.png": "class-atoms", "exchange.png": "exchange"}  # and tags
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def write_whole(path, content):
+    """Write bytes, a text, or a dict as JSON to a file, whole or not at all."""
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=1) + "\n"
+    if isinstance(content, str):
+        content = content.encode()
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def code_cells(notebook, without=None):
+    """The code cells, in order; all but those tagged `without`."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if without not in cell.metadata.get("tags", [])]
+
+
+def tagged(notebook, tag):
+    for cell in notebook.cells:
+        if tag in cell.metadata.get("tags", []):
+            return cell
+    raise LookupError(f"no cell of {NOTEBOOK.name} has the tag {tag!r}")
 
 
 def read(path=NOTEBOOK):
-    """The notebook, without outputs."""
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     return notebook
 
 
-def code_cells(notebook):
-    """The code cells, in order."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
 def code_sha256(notebook):
     """Hash of the joined sources of the code cells, an injected one left out."""
-    cells = code_cells(notebook)
-    own = [c.source for c in cells if INJECTED not in c.metadata.get("tags", [])]
-    return hashlib.sha256("\n".join(own).encode()).hexdigest()
+    sources = [cell.source for cell in code_cells(notebook, without=INJECTED)]
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
 
 
-def write_json(path, content):
-    """Write a JSON file, whole or not at all."""
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(content, indent=1))
-    os.replace(part, path)
+def parameters_of(notebook):
+    parameters = {}
+    exec(tagged(notebook, "parameters").source, {}, parameters)
+    return parameters
 
 
 def inject(notebook, **parameters):
-    """Add a cell that sets `parameters` right after the cell tagged `parameters`.
-
-    Raises KeyError for a name that the tagged cell does not set.
-    """
-    place, tagged = next(
-        (i, cell)
-        for i, cell in enumerate(notebook.cells)
-        if "parameters" in cell.metadata.get("tags", [])
-    )
-    known = {}
-    exec(tagged.source, known)
-    if unknown := sorted(parameters.keys() - known.keys()):
-        raise KeyError(f"{', '.join(unknown)}: not in the notebook's cell of parameters")
-    source = "from math import inf, nan\n"
-    source += "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    cell = nbformat.v4.new_code_cell(source, id=INJECTED)
-    cell.metadata["tags"] = [INJECTED]
+    """Add a cell that sets `parameters`; KeyError for a name that is none of them."""
+    unknown = sorted(set(parameters) - set(parameters_of(notebook)))
+    if unknown:
+        raise KeyError(f"{', '.join(unknown)}: not among the notebook's parameters")
+    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
+    source = "\n".join(["from math import inf, nan", *lines])
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [INJECTED]})
+    place = notebook.cells.index(tagged(notebook, "parameters"))
     notebook.cells.insert(place + 1, cell)
     return notebook
 
 
-def execute(notebook, folder=ROOT, timeout=1800):
+class ThisPython(AsyncKernelManager):
+    """Starts this Python, whatever kernelspecs say, without a warning about TCP."""
+
+    @property
+    def kernel_spec(self):
+        command = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR"]
+        return KernelSpec(argv=[*command, "-f", "{connection_file}"], language="python")
+
+
+def execute(notebook, folder=ROOT, **options):
     """Run every cell in a fresh kernel whose working folder is `folder`."""
-    logging.getLogger("traitlets").setLevel(logging.ERROR)
-    NotebookClient(
-        notebook,
-        timeout=timeout,
-        kernel_name="python3",
-        record_timing=False,
-        store_widget_state=False,
-        coalesce_streams=True,
-        resources={"metadata": {"path": str(folder)}},
-    ).execute()
+    options.update(timeout=3600, kernel_manager_class=ThisPython, coalesce_streams=True)
+    options.update(record_timing=False, store_widget_state=False)
+    folders = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, resources=folders, **options).execute()
     return notebook
 
 
-def run_cells(until, namespace=None, after=None, skip=(), **parameters):
-    """Run code cells in this process, up to and with the one whose id is `until`.
+def run_source(source, namespace, whole=True):
+    tree = ast.parse(TransformerManager().transform_cell(source))
+    if not whole:
+        kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+        tree.body = [part for part in tree.body if isinstance(part, kinds)]
+    exec(compile(tree, "a cell", "exec"), namespace)
 
-    With `after` only the cells behind that id run, in the `namespace` given; those
-    whose ids are in `skip` do not. Returns the namespace, a dict of everything that
-    the cells define.
-    """
-    cells = code_cells(inject(read(), **parameters))
-    ids = [cell["id"] for cell in cells]
-    begin = ids.index(after) + 1 if after else 0
-    namespace = {"__name__": "__main__"} if namespace is None else namespace
-    for cell in cells[begin : ids.index(until) + 1]:
-        if cell["id"] in skip:
-            continue
-        source = TransformerManager().transform_cell(cell.source)
-        exec(compile(source, cell["id"], "exec"), namespace)
+
+def load(until, **parameters):
+    """Run cells in this process, up to one that holds `until`; then only define."""
+    os.environ.setdefault("MPLBACKEND", "agg")
+    namespace, whole = {"__name__": "__main__"}, True
+    with contextlib.redirect_stdout(None):
+        for cell in code_cells(inject(read(), **parameters)):
+            run_source(cell.source, namespace, whole)
+            whole = whole and until not in cell.source
+    if whole:
+        raise LookupError(f"no code cell of {NOTEBOOK.name} holds {until!r}")
     return namespace
 
 
-def clean(notebook):
-    """Drop progress bars and the kernel's version from an executed notebook."""
-    for cell in code_cells(notebook):
-        cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-    notebook.metadata = nbformat.from_dict(METADATA)
-    return notebook
+def fetch_data(folder=DATA):
+    """Put missing files in place from Debian's package, silent where that fails."""
+    raw, source = Path(folder, "FashionMNIST", "raw"), DEBIAN
+    missing = [name for name in FILES if not list(raw.glob(f"{name}*"))]
+    problems = contextlib.suppress(OSError, subprocess.SubprocessError)
+    with tempfile.TemporaryDirectory() as scratch, problems:
+        if missing and not DEBIAN.is_dir():
+            fetch = "apt-get download dataset-fashion-mnist"
+            fetch = f"{fetch} || {{ apt-get update; {fetch}; }}; dpkg-deb -x *.deb ."
+            limits = {"timeout": 900, "capture_output": True, "cwd": scratch}
+            subprocess.run(["sh", "-c", fetch], **limits)
+            source = Path(scratch, DEBIAN.relative_to("/"))
+        raw.mkdir(parents=True, exist_ok=True)
+        for name in missing:
+            content = Path(source, f"{name}.gz").read_bytes()
+            write_whole(raw / f"{name}.gz", content)
 
 
-def replicated(sha256):
-    """The runs in replication.json, if they are of the code with that hash."""
-    if not REPLICATION.exists():
-        return []
-    content = json.loads(REPLICATION.read_text())
-    return content["runs"] if content["code_sha256"] == sha256 else []
+def picture(notebook, tag):
+    for output in tagged(notebook, tag).outputs:
+        if "image/png" in output.get("data", {}):
+            return base64.b64decode(output.data["image/png"])
+    raise LookupError(f"the cell tagged {tag!r} shows no picture")
 
 
-def replicated_cells(rows):
-    """Count of yes, and mean ± spread, of one claim's rows, a row per replication."""
-    values = [row["measured"] for row in rows]
-    mean = sum(values) / len(values)
-    spread = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
-    yes = sum(row["outcome"] == "yes" for row in rows)
-    return str(yes), f"{mean:.3g} ± {spread:.2g}"
-
-
-def claims_table(metrics, kind, runs, only=None):
-    """Table of claims in Markdown; `kind` is verdict or checks, `runs` replications."""
-    heads = ["claim", "measured", "95 % interval over test images", "bar", "control"]
-    heads += ["outcome"]
-    heads += [f"yes in n of {len(runs)}", "mean ± spread"] if runs else []
-    rows = [heads, ["---"] * len(heads)]
-    for text in only or metrics[kind]:
-        row = metrics[kind][text]
-        interval = ", ".join(f"{x:.4f}" for x in row["interval"])
-        cells = [
-            text,
-            f"{row['measured']:.4g}",
-            f"[{interval}]" if interval else "",
-            row["bar"],
-            row["control"],
-            row["outcome"] if row["outcome"] != "no" else "**no**",
-        ]
-        if runs:
-            cells += replicated_cells([run[kind][text] for run in runs])
-        rows.append(cells)
+def table(heads, rows):
+    rows = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def results(metrics=None):
-    """The README's results: headlines, and all claims folded."""
-    metrics = metrics or json.loads((MODELS / "metrics.json").read_text())
-    runs = replicated(metrics["code_sha256"])
-    return "\n\n".join(
-        [
-            claims_table(metrics, "verdict", runs, HEADLINES),
-            "<details><summary>All claims</summary>",
-            claims_table(metrics, "verdict", runs),
-            "Checks, which a sound run cannot fail:",
-            claims_table(metrics, "checks", runs),
-            "</details>",
-        ]
-    )
+def comparisons_table(metrics):
+    """All comparisons, and how they came out in replications of the same code."""
+    path, runs, rows = MODELS / "replication.json", [], []
+    found = json.loads(text_of(path)) if path.exists() else {}
+    if found.get("code_sha256") == metrics["code_sha256"]:
+        runs = [run["comparisons"] for run in found["runs"]]
+    for claim, row in metrics["comparisons"].items():
+        difference = f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        again = "-"
+        if runs:
+            yes = sum(run[claim]["outcome"] == "yes" for run in runs)
+            values = [run[claim]["difference"] for run in runs]
+            mean, spread = statistics.mean(values), statistics.stdev(values)
+            again = f"{yes} of {len(runs)} yes, {mean:.3f} ± {spread:.3f}"
+        measured = [f"{row['ours']:.3f}", f"{row['rival']:.3f}"]
+        rows.append([claim, *measured, f"{difference} **{row['outcome']}**", again])
+    heads = ["claim", "ours", "rival", "difference [95 % interval]", "replications"]
+    return table(heads, rows)
 
 
 def benchmark_table(what):
-    """What `tests/benchmark.py` found, speed or recipe, as a table in Markdown."""
-    found = json.loads(BENCHMARK.read_text()).get(what)
-    if not found:
-        return "not measured yet"
-    if what == "speed":
-        heads = [f"on {found['machine']}", "measured"]
-        rows = [[name, f"{x:.3g}"] for name, x in found["measured"].items()]
-    else:
+    found = json.loads(text_of(MODELS / "benchmark.json"))[what]
+    heads, digits = [f"on {found['machine']}", "measured"], [".3g"]
+    if what == "recipe":
         heads = ["recipe", "validation MSE", "silent", "probe accuracy"]
-        heads += ["pixels, encoder row", "pixels, atom", "seconds"]
-        digits = (".5f", ".0f", ".3f", ".0f", ".0f", ".0f")
-        rows = [[name, *map(format, values, digits)] for name, values in found["measured"].items()]
-    table = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+        heads += ["pixels of an atom", "seconds"]
+        digits = [".5f", ".0f", ".3f", ".0f", ".0f"]
+    rows = []
+    for name, values in found["measured"].items():
+        values = values if isinstance(values, list) else [values]
+        rows.append([name, *map(format, values, digits)])
+    return table(heads, rows)
 
 
-def versions():
-    """The line of requirements.txt that names the committed run's packages."""
-    used = json.loads((MODELS / "metrics.json").read_text())["environment"]
-    named = [name for name in used if name not in ("device", "threads")]
-    return VERSIONS + ", ".join(f"{name} {used[name]}" for name in named)
+def texts():
+    """README and requirements.txt, by path, as they should be by what is in models/."""
+    tables = {name: benchmark_table(name) for name in ("recipe", "speed")}
+    metrics = json.loads(text_of(MODELS / "metrics.json"))
+    tables["comparisons"] = comparisons_table(metrics)
+    readme, lines = text_of(README), text_of(REQUIREMENTS).splitlines()
+    for name, rows in tables.items():
+        begin, end = f"<!-- {name}: generated -->\n", f"\n<!-- end of {name} -->"
+        if begin not in readme or end not in readme:
+            raise LookupError(f"README.md lacks {begin.strip()} or {end.strip()}")
+        head, tail = readme.split(begin)[0], readme.split(end)[1]
+        readme = head + begin + rows + end + tail
+    used = [f"{name} {x}" for name, x in metrics["environment"].items()]
+    version = VERSIONS + ", ".join(used)
+    lines = [version if line.startswith(VERSIONS) else line for line in lines]
+    return {README: readme, REQUIREMENTS: "\n".join(lines) + "\n"}
 
 
-def picture(notebook, cell_id):
-    """The bytes of the PNG that a cell shows."""
-    cell = next(cell for cell in notebook.cells if cell["id"] == cell_id)
-    outputs = (output.get("data", {}) for output in cell.outputs)
-    return base64.b64decode(next(o["image/png"] for o in outputs if "image/png" in o))
-
-
-# what stands between two markers of the README, and what writes it
-BLOCKS = {
-    "results": results,
-    "recipe": functools.partial(benchmark_table, "recipe"),
-    "speed": functools.partial(benchmark_table, "speed"),
-}
-
-
-def block(text, name):
-    """Where a block of the README begins and ends in its text."""
-    begin, end = f"<!-- {name}: generated -->\n", f"\n<!-- end of {name} -->"
-    return text.index(begin) + len(begin), text.index(end)
-
-
-def update_readme():
-    """Bring the README's tables up to the files in models/."""
-    text = README.read_text()
-    for name, write in BLOCKS.items():
-        begin, end = block(text, name)
-        text = text[:begin] + write() + text[end:]
-    README.write_text(text)
+def save(notebook):
+    for cell in code_cells(notebook):
+        cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    notebook.metadata = read().metadata
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    metrics = json.loads(text_of(MODELS / "metrics.json"))
+    metrics["code_sha256"] = code_sha256(notebook)
+    write_whole(MODELS / "metrics.json", metrics)
+    write_whole(NOTEBOOK, nbformat.writes(notebook) + "\n")
+    for name, tag in PICTURES.items():
+        write_whole(MODELS / name, picture(notebook, tag))
+    for path, text in texts().items():
+        write_whole(path, text)
 
 
 def main():
-    """Make the full run; save the notebook with outputs, and the README's results."""
-    notebook = clean(execute(read()))
-    metrics = json.loads((MODELS / "metrics.json").read_text())
-    metrics["code_sha256"] = code_sha256(notebook)
-    write_json(MODELS / "metrics.json", metrics)
-    nbformat.write(notebook, NOTEBOOK)
-    for name, cell_id in PICTURES.items():
-        (MODELS / name).write_bytes(picture(notebook, cell_id))
-    lines = REQUIREMENTS.read_text().splitlines()
-    lines = [versions() if line.startswith(VERSIONS) else line for line in lines]
-    REQUIREMENTS.write_text("\n".join(lines) + "\n")
-    update_readme()
-    print(f"{NOTEBOOK.name} is executed and saved; what it trained is in models/")
+    """Make the full run; one line when it begins, and one when it ends."""
+    print(f"{NOTEBOOK.name} runs, which takes a few minutes ...", flush=True)
+    try:
+        notebook = read()
+        for tag in PICTURES.values():  # known before the run rather than after it
+            tagged(notebook, tag)
+        fetch_data()
+        save(execute(notebook))
+    except CellExecutionError as error:
+        sys.exit(f"{error}\n{NOTEBOOK.name} has stopped, and was not saved.")
+    except (LookupError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"Not all was saved: {error}")
+    print(f"It is executed and saved; what it trained is in {MODELS.name}/.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

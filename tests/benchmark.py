@@ -1,8 +1,8 @@
 """Measurements of speed and of the training recipe; run by hand, nothing else running.
 
-`python tests/benchmark.py` measures a step, training and each section, `python
-tests/benchmark.py recipe` the ladder: one ingredient more a row. Both write to
-`models/benchmark.json`. Alternatives take turns, as a machine's speed drifts.
+`python tests/benchmark.py` measures a step and training, `python tests/benchmark.py
+recipe` the ladder: one ingredient more a row. Both write to `models/benchmark.json`.
+Alternatives take turns, as a machine's speed drifts.
 """
 
 import json
@@ -12,7 +12,6 @@ import tempfile
 import time
 
 import execute
-import nbformat
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -134,32 +133,12 @@ def ratios():
 
 
 def speed():
-    """Ratios, and seconds and peak memory (Linux) of a run, by section."""
-    folders = {"DATA_DIR": DATA, "MODELS_DIR": tempfile.mkdtemp()}
-    notebook = execute.inject(execute.read(), **folders)
-    peak = "import resource\n\nresource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
-    notebook.cells.append(nbformat.v4.new_code_cell(peak))
-    ends, begun = [0.0], time.perf_counter()  # of the code cells
-
-    def note(**_):
-        ends.append(time.perf_counter() - begun)
-
-    execute.execute(notebook, on_cell_executed=note)
-    code, seconds, first = execute.code_cells(notebook), {}, ends[-1]
-    for cell in notebook.cells:
-        if cell.source.startswith("## "):
-            title = f"section {cell.source.splitlines()[0][3:]}, seconds"
-        if cell.cell_type == "code":
-            i = code.index(cell)
-            seconds[title] = seconds.get(title, 0.0) + ends[i + 1] - ends[i]
-            first = min(first, ends[i + 1]) if cell.outputs else first
+    """Ratios, and the seconds that the committed run took."""
+    metrics = json.loads(execute.text_of(execute.MODELS / "metrics.json"))
     return {
         **ratios(),
-        "first output, the kernel's start included, seconds": first,
-        "the whole notebook, seconds": ends[-1],
-        "Part I, seconds": sum(list(seconds.values())[:10]),
-        "peak memory, GB": int(code[-1].outputs[0].data["text/plain"]) / 1e6,
-        **seconds,
+        "the committed run, seconds": metrics["seconds"],
+        "its training, seconds": metrics["training"]["seconds"],
     }
 
 

@@ -1,8 +1,6 @@
-"""Measurements of speed and of the training recipe; run by hand, nothing else running.
+"""Measurements for `models/benchmark.json` and the README; nothing else may run.
 
-`python tests/benchmark.py` measures a step and training, `python tests/benchmark.py
-recipe` the ladder: one ingredient more a row. Both write to `models/benchmark.json`.
-Alternatives take turns, as a machine's speed drifts.
+`python tests/benchmark.py` measures a step, with `recipe` behind it the ladder.
 """
 
 import json
@@ -90,21 +88,8 @@ def climb(level, seed):
     return mse, silent, right, pixels.median().item(), seconds
 
 
-def median_seconds(calls, repeat, rounds):
-    """Of each of several functions, called in turns, after a warm-up."""
-    times = []
-    for _ in range(rounds + 1):
-        for call in calls:
-            begun = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            times.append((time.perf_counter() - begun) / repeat)
-    n = len(calls)
-    return [statistics.median(times[i + n :: n]) for i in range(n)]
-
-
 def ratios():
-    """A training step beside the five dense products of its shapes, and a race."""
+    """A training step beside the five dense products of its shapes."""
     cells = notebook_cells()
     images = cells["images"]["train"][: 50 * 256]
     model, batch = start(cells, RECIPE, 0), images[:256]
@@ -120,25 +105,17 @@ def ratios():
         cells["K"] = k
         step(cells, RECIPE, model, batch, optimizer)
 
-    calls = [five_products, lambda: step_with(10), lambda: step_with(50)]
-    five, ten, fifty = median_seconds(calls, repeat=20, rounds=9)
-    calls = [lambda: train(cells, 0, 0, images, 2)]
-    calls += [lambda: train(cells, RECIPE, 0, images, 2)]
-    literal, ours = median_seconds(calls, repeat=1, rounds=3)
+    calls, times = [five_products, lambda: step_with(10), lambda: step_with(50)], []
+    for _ in range(10):  # in turns, and the first round warms up
+        for call in calls:
+            begun = time.perf_counter()
+            for _ in range(20):
+                call()
+            times.append(time.perf_counter() - begun)
+    five, ten, fifty = [statistics.median(times[i + 3 :: 3]) for i in range(3)]
     return {
         "a step, 50 active units, of five products": fifty / five,
         "a step, 10 active units, of five products": ten / five,
-        "training, of the literal recipe's time": ours / literal,
-    }
-
-
-def speed():
-    """Ratios, and the seconds that the committed run took."""
-    metrics = json.loads(execute.text_of(execute.MODELS / "metrics.json"))
-    return {
-        **ratios(),
-        "the committed run, seconds": metrics["seconds"],
-        "its training, seconds": metrics["training"]["seconds"],
     }
 
 
@@ -154,7 +131,9 @@ def main(what):
             found["measured"][name] = [statistics.mean(pair) for pair in zip(*rows)]
             print(name, found["measured"][name], flush=True)
     else:
-        found["measured"] = speed()
+        metrics = json.loads(execute.text_of(execute.MODELS / "metrics.json"))
+        seconds = {"the committed run, seconds": metrics["seconds"]}
+        found["measured"] = {**ratios(), **seconds}
     path = execute.MODELS / "benchmark.json"
     whole = {**json.loads(execute.text_of(path)), what: found}
     execute.write_whole(path, whole)

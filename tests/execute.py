@@ -1,7 +1,5 @@
-"""Execute `fashion_sae.ipynb`: the one place that does it.
-
-`python tests/execute.py` makes the full run, saves the notebook with its outputs, adds the
-hash of its code to `models/metrics.json`, and brings the README up to the run.
+"""Execute `fashion_sae.ipynb`: the one place that does it. `python tests/execute.py` makes
+the full run, saves the notebook with its outputs, and brings the README up to it.
 """
 
 import ast

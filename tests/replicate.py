@@ -1,7 +1,6 @@
-"""Replicate the study on images that never served as test images.
+"""Five runs, SEED = HELD_OUT = 1 to 5, on images that never served as test images.
 
-`python tests/replicate.py` runs the notebook five times, with SEED = HELD_OUT = 1 to 5, and
-writes how all comparisons came out to `models/replication.json` when the five are done.
+Their comparisons become `models/replication.json` when all five are done.
 """
 
 import json

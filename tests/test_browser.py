@@ -50,8 +50,8 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def page(tmp_path):
-    """A page of headless Chromium; page.png shows what was there at the end."""
+def page():
+    """A page of headless Chromium."""
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed")
     with sync_api.sync_playwright() as driver:
@@ -59,7 +59,6 @@ def page(tmp_path):
         browser = driver.chromium.launch(executable_path=chromium, args=options)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         yield page
-        page.screenshot(path=tmp_path / "page.png")
         browser.close()
 
 

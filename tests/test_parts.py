@@ -180,8 +180,7 @@ def test_split(cells, block):
     assert images["test"].tolist() == list(range(first, first + 10_000))
 
 
-# What cannot work gets one clear sentence that names it, and harms nothing saved.
-FOURTH = execute.FILES[3]
+FOURTH = execute.FILES[3]  # below: what cannot work gets one clear sentence
 PARAMETERS = [("K", 2000), ("K", "50"), ("LEARNING_RATE", "1e-4"), ("L1", math.nan)]
 PARAMETERS += [("SEED", -1), ("HELD_OUT", 7), ("N_UNITS", True), ("MODELS_DIR", None)]
 PARAMETERS += [("DATA_DIR", "~nobodyhere"), ("MODELS_DIR", __file__)]  # that is a file

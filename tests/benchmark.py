@@ -81,7 +81,7 @@ def climb(level, seed):
     silent = (codes.amax(0) == 0).sum().item()
     probe = cells["fit_probe"](codes, y["train"], cells["L1"], seed)
     codes = cells["encode"](encoder, x["validation"])
-    right = cells["read_rightly"](probe, codes, y["validation"]).mean().item()
+    right = cells["is_correct"](probe, codes, y["validation"]).mean().item()
     mse = F.mse_loss(decoder(codes), x["validation"]).item()
     energy = decoder.weight.T.square().sort(dim=1, descending=True).values
     pixels = (energy.cumsum(1) < 0.9 * energy.sum(1, keepdim=True)).sum(1) + 1.0

@@ -42,7 +42,7 @@ def lab(tmp_path):
     command += [f"--ServerApp.port={port}", f"--ServerApp.root_dir={tmp_path}"]
     command += [f"--LabApp.user_settings_dir={tmp_path / 'settings'}"]
     command += ["--IdentityProvider.token=test"]
-    with open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     yield f"http://127.0.0.1:{port}"
     server.kill()  # asked politely, it waits for its kernels

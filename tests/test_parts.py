@@ -125,11 +125,12 @@ def test_unit_that_draws_a_square_is_not_the_busiest(cells):
     atoms[3, 400:440] = 0.15  # what unit 3 draws lies elsewhere
     encoder = cells["frozen"](rows, torch.zeros(N_UNITS))
     made_up = SimpleNamespace(atoms=atoms, codes=lambda x: cells["encode"](encoder, x))
+    cells.update(images={"validation": x}, squares=square[None])
     rise = made_up.codes(cells["paste"](x, square)).mean(0) - made_up.codes(x).mean(0)
     assert rise.argmax() == 3
-    assert cells["unit_that_draws"](made_up, x, square) == 7
-    assert cells["energy_on"](square, atoms[7]) == pytest.approx(1.0)
-    assert cells["energy_on"](square, atoms[3]) < 0.01
+    assert cells["unit_that_draws"](made_up, square) == 7
+    assert cells["energy_on_squares"](atoms[[7]]) == pytest.approx([1.0])
+    assert cells["energy_on_squares"](atoms[[3]])[0] < 0.01
 
 
 def test_peaks_on_a_map(cells):
@@ -142,7 +143,7 @@ def test_peaks_on_a_map(cells):
 
 def test_shuffling_keeps_the_weights_of_like_units(cells, study):
     study.means = study.means + torch.rand(study.means.shape) + 0.01
-    scores = cells["shuffled_scores"](study, torch.Generator().manual_seed(0))
+    scores = cells["shuffled_scores"](study, 0)
     weights, own = (scores / study.means).numpy(), study.weight.abs().numpy()
     assert np.mean(~np.isclose(weights, own)) > 0.5
     for c in range(10):
@@ -198,7 +199,7 @@ def refused(call, *words, kind=ValueError):
 def test_parameter(tmp_path, name, value):
     folders = {"DATA_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path)}
     parameters = {**folders, name: value}
-    refused(lambda: execute.load("config = {", **parameters), f"{name} = {value!r}")
+    refused(lambda: execute.load("RAW = ", **parameters), f"{name} = {value!r}")
 
 
 def test_home_and_variables_in_folders(cells, tmp_path, monkeypatch):
@@ -226,11 +227,11 @@ def test_data_file(cells, packed):
 
 
 @pytest.mark.parametrize("what", ["three of four", "flat", "a folder"])
-def test_data_missing(cells, what, monkeypatch):
-    put(cells["DATA"] if what == "flat" else cells["RAW"], execute.FILES[:3])
+def test_data_missing(cells, what):
+    put(cells["RAW"].parents[1] if what == "flat" else cells["RAW"], execute.FILES[:3])
     if what == "a folder":
         (cells["RAW"] / FOURTH).mkdir()
-    monkeypatch.setattr(cells["torchvision"].datasets, "FashionMNIST", None)
+    cells["FashionMNIST"] = None
     missing = execute.FILES if what == "flat" else [FOURTH]
     words = [*execute.FILES, cells["RAW"], f"Missing: {missing}"]
     refused(cells["fetch"], *words, kind=RuntimeError)
@@ -238,9 +239,9 @@ def test_data_missing(cells, what, monkeypatch):
 
 @pytest.mark.parametrize("word", ["K", "not whole", "decoder.pth", ""])
 def test_end_of_a_run(cells, word):
-    """A parameter changed, a comparison left out, layers of another run; a sound one."""
+    """A parameter changed, a comparison left out, a layer of another run; a sound one."""
     layer = cells["frozen"](torch.rand(9, 9), torch.rand(9))
-    hashes = {f"{x}.pth": cells["save_layer"](layer, x) for x in ("encoder", "decoder")}
+    hashes = {x: cells["save_layer"](layer, x) for x in ("encoder.pth", "decoder.pth")}
     cells["metrics"].update(models_sha256=hashes, training={}, seconds=60.0)
     cells["comparisons"].update({f"claim {i}": {} for i in range(18)})
     last = execute.code_cells(execute.read())[-1].source
@@ -249,7 +250,7 @@ def test_end_of_a_run(cells, word):
     if word == "not whole":
         del cells["comparisons"]["claim 3"]
     if word == "decoder.pth":
-        cells["save_layer"](cells["frozen"](torch.rand(2, 2), torch.rand(2)), "decoder")
+        cells["save_layer"](cells["frozen"](torch.rand(2, 2), torch.rand(2)), word)
     if word:
         run = execute.run_source
         refused(lambda: run(last, cells), word, "choose Run All", kind=RuntimeError)
@@ -259,12 +260,14 @@ def test_end_of_a_run(cells, word):
 
 
 def test_replications(cells):
-    path, row = cells["MODELS"] / "replication.json", {"outcome": "yes"}
+    path = cells["MODELS"] / "replication.json"
     assert cells["replications"]() == []
     configs = [{**cells["config"], "SEED": 3}, {**cells["config"], "K": 11}]
+    row = {"outcome": "yes", "difference": 1}
     runs = [{"config": x, "comparisons": {"a claim": row}} for x in configs]
     execute.write_whole(path, {"runs": runs})
     assert len(cells["replications"]()) == 1
-    for content in ("{", "[]", '{"runs": 3}', '{"runs": [{}]}'):
-        path.write_text(content)
+    lacking = execute.text_of(path).replace("outcome", "x")
+    for content in ("{", "[]", '{"runs": 3}', '{"runs": [{}]}', lacking):
+        execute.write_whole(path, content)
         refused(cells["replications"], path, "delete it")

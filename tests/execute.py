@@ -178,10 +178,12 @@ def comparisons_table(metrics):
         difference = f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         again = "-"
         if runs:
-            yes = sum(run[claim]["outcome"] == "yes" for run in runs)
+            said = [run[claim]["outcome"] for run in runs]
+            kinds = [x for x in ("yes", "no", "open") if x in said]
             values = [run[claim]["difference"] for run in runs]
             mean, spread = statistics.mean(values), statistics.stdev(values)
-            again = f"{yes} of {len(runs)} yes, {mean:.3f} ± {spread:.3f}"
+            again = ", ".join(f"{said.count(kind)} {kind}" for kind in kinds)
+            again += f"; {mean:.3f} ± {spread:.3f}"
         measured = [f"{row['ours']:.3f}", f"{row['rival']:.3f}"]
         rows.append([claim, *measured, f"{difference} **{row['outcome']}**", again])
     heads = ["claim", "ours", "rival", "difference [95 % interval]", "replications"]

@@ -51,20 +51,32 @@ def test_compare(cells, capsys, outcome, shift):
     assert (row["low"], row["high"]) == interval
 
 
+def test_interval_over_classes(cells):
+    """Of claims about all test images: that of ten means, one of each class."""
+    values, cells["y_test"] = torch.randn(200), torch.arange(200) % 10
+    cells["compare"]("on images", values, torch.zeros(200))
+    cells["compare"]("on units", values[:50], torch.zeros(50))
+    table = cells["verdict_table"]([])
+    assert table.loc["on units", "over classes"] == ""
+    said = table.loc["on images", "over classes"].strip("[]").split(", ")
+    means = values.view(20, 10).mean(0)
+    middle, margin = means.mean().item(), 2.262 * means.std().item() / 10**0.5
+    interval = pytest.approx([middle - margin, middle + margin], abs=0.006)
+    assert [float(x) for x in said] == interval
+
+
 @pytest.mark.parametrize("k, silent", [(K, 0), (K // 5, 0), (K, N_UNITS - 3)])
 def test_quick_gradient_is_that_of_the_plain_model(cells, k, silent):
     """Also where fewer than k units of an image fire, so that zeros are chosen."""
-    x = torch.rand(64, 784)
+    x, results = torch.rand(64, 784), []
     atoms = F.normalize(torch.randn(N_UNITS, 784))
-    model = cells["KSparseAutoencoder"](atoms, x.mean(0))
-    model.encoder.bias.data[:silent] = -100.0
-    row, bias = model.encoder.weight, model.encoder.bias
-    values, units = cells["QuickLargest"].apply(x - model.mean, row, bias, k)
-    assert bool((values == 0).any()) == (silent > 0)
-    results = []
-    for output in (model(x, k), model.decode(values, units)):
+    for kind in ("KSparseAutoencoder", "QuickAutoencoder"):
+        model = cells[kind](atoms, x.mean(0))
+        model.encoder_bias.data[:silent] = -100.0
+        output, values, _ = model(x, k)
+        assert bool((values == 0).any()) == (silent > 0)
         gradients = torch.autograd.grad((output - x).square().sum(), model.parameters())
-        results.append([output, *gradients])
+        results.append([output, values, *gradients])
     for plain, quick in zip(*results):
         assert plain.abs().max() > 0
         torch.testing.assert_close(quick, plain, rtol=1e-4, atol=1e-4)

@@ -61,7 +61,7 @@ def test_interval_over_classes(cells):
     said = table.loc["on images", "over classes"].strip("[]").split(", ")
     means = values.view(20, 10).mean(0)
     middle, margin = means.mean().item(), 2.262 * means.std().item() / 10**0.5
-    interval = pytest.approx([middle - margin, middle + margin], abs=0.006)
+    interval = pytest.approx([middle - margin, middle + margin], abs=0.001)
     assert [float(x) for x in said] == interval
 
 

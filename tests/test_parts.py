@@ -122,9 +122,11 @@ def test_teacher_and_its_units(cells, study):
     alone = torch.zeros(10, N_UNITS).scatter(1, sets, 1.0)  # only a class's units
     for raw in (False, True):
         assert cells["teacher_labels"](alone, sets, raw).tolist() == list(range(10))
-    codes = (torch.rand(5000, N_UNITS) - 0.8).relu() * (torch.rand(N_UNITS) + 0.1)
+    sizes = torch.rand(N_UNITS) + 0.1
+    sizes[sets] /= 2  # the busiest units are others
+    codes = (torch.rand(5000, N_UNITS) - 0.8).relu() * sizes
     shares = cells["shares_found"](codes, sets, False, seed=0)
-    assert shares["formula"].mean() > 0.95 > 0.8 > shares["mean_activation"].mean()
+    assert shares["formula"].mean() > 0.9 > 0.6 > shares["mean_activation"].mean()
     cells["top_units"] = lambda scores, n: sets.flip(0)  # of another class each
     assert cells["shares_found"](codes, sets, False, seed=0)["formula"].sum() == 0
 

@@ -1,14 +1,17 @@
-"""Execute `fashion_sae.ipynb`: the one place that does it. `python tests/execute.py` makes
-the full run, saves the notebook with its outputs, and brings the README up to it.
+"""Execute `fashion_sae.ipynb`: the one place that does it.
+
+`python tests/execute.py` makes the full run, saves the notebook with its outputs, and
+brings the README up to it; with `texts` behind it, it brings up the README alone.
 """
 
 import ast
 import base64
 import contextlib
+import gzip
 import hashlib
 import json
 import os
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,7 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "fashion_sae.ipynb"
+EXECUTED = ROOT / "fashion_sae.executed.ipynb"  # of a notebook edited meanwhile
 README = ROOT / "README.md"
 REQUIREMENTS = ROOT / "requirements.txt"
 MODELS = ROOT / "models"
@@ -33,11 +37,20 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package below
 VERSIONS = "# the committed run: "  # begins a line of requirements.txt
 WIDGET = "application/vnd.jupyter.widget-view+json"
 INJECTED = "injected-parameters"
-PICTURES = {"class_atoms.png": "class-atoms", "exchange.png": "exchange"}  # and tags
+PICTURES = {"class_atoms.png": "class-atoms", "film.png": "film"}  # and tags of cells
+RESULTS = {  # in models/, in the order in which they are made, and by what
+    "replication.json": "python tests/replicate.py",
+    "metrics.json": "python tests/execute.py, with the notebook's outputs",
+    "benchmark.json": "python tests/benchmark.py, without and with recipe behind it",
+}
 
 
 def text_of(path):
     return path.read_text(encoding="utf-8")
+
+
+def json_of(path):
+    return json.loads(text_of(path))
 
 
 def write_whole(path, content):
@@ -74,10 +87,53 @@ def read(path=NOTEBOOK):
     return notebook
 
 
+def tree_of(source):
+    """Syntax tree of a cell, where a magic is a call that holds its text."""
+    return ast.parse(TransformerManager().transform_cell(source))
+
+
+def meaning(node):
+    """What a part of a syntax tree says, alike in all versions of Python.
+
+    Positions, docstrings, and fields that are None or empty are left out.
+    """
+    if isinstance(node, ast.Constant):
+        return repr(node.value)
+    if isinstance(node, list):
+        return f"[{', '.join(map(meaning, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    defines = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    if defines and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 may add empty texts
+        fields["values"] = [x for x in node.values if meaning(x) != "''"]
+    said = [f"{x}={meaning(y)}" for x, y in fields.items() if y not in (None, [])]
+    return f"{type(node).__name__}({', '.join(said)})"
+
+
 def code_sha256(notebook):
-    """Hash of the joined sources of the code cells, an injected one left out."""
-    sources = [cell.source for cell in code_cells(notebook, without=INJECTED)]
-    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+    """Hash of what the code cells mean, an injected one left out.
+
+    Statements count, and which cell they stand in; comments and formatting do not.
+    """
+    cells = code_cells(notebook, without=INJECTED)
+    bodies = [tree_of(cell.source).body for cell in cells]
+    text = "\n".join(meaning(body) for body in bodies if body)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def older_results():
+    """A sentence on what was made by other code than the notebook's; "" if nothing."""
+    here, older = code_sha256(read()), []
+    for name, command in RESULTS.items():
+        path = MODELS / name
+        text = text_of(path) if path.exists() else ""
+        if set(re.findall(r'"code_sha256": "(\w+)"', text)) != {here}:
+            older.append(f"models/{name} ({command})")
+    said = "Older than the code, until made anew in this order:"
+    return f"{said} {'; '.join(older)}." if older else ""
 
 
 def parameters_of(notebook):
@@ -93,7 +149,8 @@ def inject(notebook, **parameters):
         raise KeyError(f"{', '.join(unknown)}: not among the notebook's parameters")
     lines = [f"{name} = {value!r}" for name, value in parameters.items()]
     source = "\n".join(["from math import inf, nan", *lines])
-    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [INJECTED]})
+    tags = {"tags": [INJECTED]}
+    cell = nbformat.v4.new_code_cell(source, id=INJECTED, metadata=tags)
     place = notebook.cells.index(tagged(notebook, "parameters"))
     notebook.cells.insert(place + 1, cell)
     return notebook
@@ -118,7 +175,7 @@ def execute(notebook, folder=ROOT, **options):
 
 
 def run_source(source, namespace, whole=True):
-    tree = ast.parse(TransformerManager().transform_cell(source))
+    tree = tree_of(source)
     if not whole:
         kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
         tree.body = [part for part in tree.body if isinstance(part, kinds)]
@@ -126,34 +183,37 @@ def run_source(source, namespace, whole=True):
 
 
 def load(until, **parameters):
-    """Run cells in this process, up to one that holds `until`; then only define."""
+    """Run cells in this process, up to the one with the id `until`; then only define."""
     os.environ.setdefault("MPLBACKEND", "agg")
-    namespace, whole = {"__name__": "__main__"}, True
+    cells = code_cells(inject(read(), **parameters))
+    last = [cell.id for cell in cells].index(until)
+    namespace = {"__name__": "__main__"}
     with contextlib.redirect_stdout(None):
-        for cell in code_cells(inject(read(), **parameters)):
+        for i, cell in enumerate(cells):
+            whole = i <= last or cell.id == INJECTED
             run_source(cell.source, namespace, whole)
-            whole = whole and until not in cell.source
-    if whole:
-        raise LookupError(f"no code cell of {NOTEBOOK.name} holds {until!r}")
     return namespace
 
 
 def fetch_data(folder=DATA):
-    """Put missing files in place from Debian's package, silent where that fails."""
+    """Put missing files in place, unpacked, from Debian's package; silent if that fails.
+
+    torchvision takes its own packed files alone: Debian's differ, though not inside.
+    """
     raw, source = Path(folder, "FashionMNIST", "raw"), DEBIAN
-    missing = [name for name in FILES if not list(raw.glob(f"{name}*"))]
-    problems = contextlib.suppress(OSError, subprocess.SubprocessError)
-    with tempfile.TemporaryDirectory() as scratch, problems:
+    missing = [name for name in FILES if not (raw / name).is_file()]
+    problems = (OSError, EOFError, subprocess.SubprocessError)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(*problems):
         if missing and not DEBIAN.is_dir():
             fetch = "apt-get download dataset-fashion-mnist"
             fetch = f"{fetch} || {{ apt-get update; {fetch}; }}; dpkg-deb -x *.deb ."
             limits = {"timeout": 900, "capture_output": True, "cwd": scratch}
             subprocess.run(["sh", "-c", fetch], **limits)
             source = Path(scratch, DEBIAN.relative_to("/"))
-        raw.mkdir(parents=True, exist_ok=True)
         for name in missing:
-            content = Path(source, f"{name}.gz").read_bytes()
-            write_whole(raw / f"{name}.gz", content)
+            content = gzip.decompress(Path(source, f"{name}.gz").read_bytes())
+            raw.mkdir(parents=True, exist_ok=True)
+            write_whole(raw / name, content)
 
 
 def picture(notebook, tag):
@@ -169,89 +229,101 @@ def table(heads, rows):
 
 
 def comparisons_table(metrics):
-    """All comparisons, and how they came out in replications of the same code."""
-    path, runs, rows = MODELS / "replication.json", [], []
-    found = json.loads(text_of(path)) if path.exists() else {}
-    if found.get("code_sha256") == metrics["code_sha256"]:
-        runs = [run["comparisons"] for run in found["runs"]]
+    """All comparisons: over six trainings or, where there are none, of this run."""
+    rows = []
     for claim, row in metrics["comparisons"].items():
-        difference = f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        again = "-"
-        if runs:
-            said = [run[claim]["outcome"] for run in runs]
-            kinds = [x for x in ("yes", "no", "open") if x in said]
-            values = [run[claim]["difference"] for run in runs]
-            mean, spread = statistics.mean(values), statistics.stdev(values)
-            again = ", ".join(f"{said.count(kind)} {kind}" for kind in kinds)
-            again += f"; {mean:.3f} ± {spread:.3f}"
-        measured = [f"{row['ours']:.3f}", f"{row['rival']:.3f}"]
-        rows.append([claim, *measured, f"{difference} **{row['outcome']}**", again])
-    heads = ["claim", "ours", "rival", "difference [95 % interval]", "replications"]
-    return table(heads, rows)
+        one = {**row, "mean": row["difference"], "outcome": "one training"}
+        text = "{ours:.3f}|{rival:.3f}|{mean:.3f} [{low:.3f}, {high:.3f}]|{outcome}"
+        rows.append([claim, *text.format(**row["six"] or one).split("|")])
+    difference = "mean difference over six trainings [95 %]"
+    return table(["claim", "ours", "rival", difference, "outcome"], rows)
 
 
-def benchmark_table(what):
-    found = json.loads(text_of(MODELS / "benchmark.json"))[what]
-    heads, digits = [f"on {found['machine']}", "measured"], [".3g"]
-    if what == "recipe":
+def benchmark_table(what, metrics):
+    """The table `recipe`, or `speed` with the time of the committed run."""
+    found = json_of(MODELS / "benchmark.json")[what]
+    heads, measured = [f"on {found['machine']}", "measured"], found["measured"]
+    if what == "speed":
+        measured["the committed run, seconds"] = metrics["seconds"]
+    else:
         heads = ["recipe", "validation MSE", "silent", "probe accuracy"]
         heads += ["pixels of an atom", "seconds"]
-        digits = [".5f", ".0f", ".3f", ".0f", ".0f"]
     rows = []
-    for name, values in found["measured"].items():
+    for name, values in measured.items():
         values = values if isinstance(values, list) else [values]
-        rows.append([name, *map(format, values, digits)])
+        rows.append([name, *(f"{value:.4g}" for value in values)])
     return table(heads, rows)
 
 
 def texts():
     """README and requirements.txt, by path, as they should be by what is in models/."""
-    tables = {name: benchmark_table(name) for name in ("recipe", "speed")}
-    metrics = json.loads(text_of(MODELS / "metrics.json"))
+    metrics = json_of(MODELS / "metrics.json")
+    tables = {name: benchmark_table(name, metrics) for name in ("recipe", "speed")}
     tables["comparisons"] = comparisons_table(metrics)
-    readme, lines = text_of(README), text_of(REQUIREMENTS).splitlines()
+    readme = text_of(README)
     for name, rows in tables.items():
         begin, end = f"<!-- {name}: generated -->\n", f"\n<!-- end of {name} -->"
         if begin not in readme or end not in readme:
             raise LookupError(f"README.md lacks {begin.strip()} or {end.strip()}")
         head, tail = readme.split(begin)[0], readme.split(end)[1]
         readme = head + begin + rows + end + tail
-    used = [f"{name} {x}" for name, x in metrics["environment"].items()]
-    version = VERSIONS + ", ".join(used)
-    lines = [version if line.startswith(VERSIONS) else line for line in lines]
-    return {README: readme, REQUIREMENTS: "\n".join(lines) + "\n"}
+    used = ", ".join(f"{name} {x}" for name, x in metrics["environment"].items())
+    lines = re.sub(f"{VERSIONS}.*", VERSIONS + used, text_of(REQUIREMENTS))
+    return {README: readme, REQUIREMENTS: lines}
 
 
-def save(notebook):
-    for cell in code_cells(notebook):
-        cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-    notebook.metadata = read().metadata
-    notebook.metadata.get("language_info", {}).pop("version", None)
-    metrics = json.loads(text_of(MODELS / "metrics.json"))
-    metrics["code_sha256"] = code_sha256(notebook)
-    write_whole(MODELS / "metrics.json", metrics)
-    write_whole(NOTEBOOK, nbformat.writes(notebook) + "\n")
-    for name, tag in PICTURES.items():
-        write_whole(MODELS / name, picture(notebook, tag))
+def write_texts():
     for path, text in texts().items():
         write_whole(path, text)
+
+
+def is_left_over(output):
+    """Whether an output is a widget, or the empty text that a progress bar leaves."""
+    data = output.get("data", {})
+    empty = list(data) == ["text/plain"] and not data["text/plain"].strip()
+    return empty or WIDGET in data
+
+
+def save(notebook, before):
+    """Save a run of the notebook file that held `before`; return the path it went to.
+
+    An edit made meanwhile stays, and the run is saved beside it.
+    """
+    for cell in code_cells(notebook):
+        cell.outputs = [out for out in cell.outputs if not is_left_over(out)]
+    notebook.metadata = nbformat.reads(before.decode(), as_version=4).metadata
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    metrics = json_of(MODELS / "metrics.json")
+    metrics["code_sha256"] = code_sha256(notebook)
+    write_whole(MODELS / "metrics.json", metrics)
+    same = NOTEBOOK.exists() and NOTEBOOK.read_bytes() == before
+    path = NOTEBOOK if same else EXECUTED
+    write_whole(path, nbformat.writes(notebook) + "\n")
+    for name, tag in PICTURES.items():
+        write_whole(MODELS / name, picture(notebook, tag))
+    write_texts()
+    return path
 
 
 def main():
     """Make the full run; one line when it begins, and one when it ends."""
     print(f"{NOTEBOOK.name} runs, which takes a few minutes ...", flush=True)
     try:
-        notebook = read()
+        before, notebook = NOTEBOOK.read_bytes(), read()
         for tag in PICTURES.values():  # known before the run rather than after it
             tagged(notebook, tag)
         fetch_data()
-        save(execute(notebook))
+        path = save(execute(notebook), before)
     except CellExecutionError as error:
         sys.exit(f"{error}\n{NOTEBOOK.name} has stopped, and was not saved.")
     except (LookupError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"Not all was saved: {error}")
+    if path == EXECUTED:
+        edited = f"{NOTEBOOK.name} was edited while it ran, and the edit is kept"
+        ran = f"what ran is {path.name}, to which models/ and README.md belong"
+        sys.exit(f"{edited}; {ran}: to run the edited one, give this command again.")
     print(f"It is executed and saved; what it trained is in {MODELS.name}/.")
 
 
 if __name__ == "__main__":
-    main()
+    write_texts() if sys.argv[1:] == ["texts"] else main()

@@ -1,4 +1,4 @@
-"""What is committed tells one story: notebook, metrics, models, replication and README."""
+"""What is committed belongs together: `python -m pytest tests -m release`."""
 
 import hashlib
 import json
@@ -6,83 +6,88 @@ import re
 
 import execute
 import nbformat
-from test_run import check_outputs, metrics_in
+import pytest
+import torch
+from test_run import check_outputs, pixels_and_labels
 
-NOTEBOOK = nbformat.read(execute.NOTEBOOK, as_version=4)
-METRICS = metrics_in(execute.MODELS)
-WORKFLOW = execute.text_of(execute.ROOT / ".github" / "workflows" / "ci.yml")
+pytestmark = pytest.mark.release
+FULL_RUN, TEXTS = "python tests/execute.py", "python tests/execute.py texts"
+REPLICATE = "python tests/replicate.py"
 
 
-def test_notebook_is_a_full_run_of_its_code():
-    assert METRICS["code_sha256"] == execute.code_sha256(NOTEBOOK)
-    assert METRICS["config"] == execute.parameters_of(NOTEBOOK)
-    for name, digest in METRICS["models_sha256"].items():
-        content = (execute.MODELS / name).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == digest
+def need(holds, said):
+    """Fail with one sentence, and without a traceback, where something does not hold."""
+    if not holds:
+        pytest.fail(said, pytrace=False)
+
+
+def test_results_are_of_this_code():
+    older = execute.older_results()
+    need(not older, older)
+
+
+def test_layers_and_pictures_are_of_the_run(committed):
+    files = dict(committed.metrics["models_sha256"])
     for name, tag in execute.PICTURES.items():
-        picture = execute.picture(NOTEBOOK, tag)
-        assert (execute.MODELS / name).read_bytes() == picture
+        picture = execute.picture(committed.notebook, tag)
+        files[name] = hashlib.sha256(picture).hexdigest()
+    for name, digest in files.items():
+        content = (committed.saved / name).read_bytes()
+        here = hashlib.sha256(content).hexdigest()
+        need(here == digest, f"models/{name} is of another run: {FULL_RUN} renews it.")
 
 
-def test_notebook_is_clean():
-    cells = execute.code_cells(NOTEBOOK)
-    assert sum(len(cell.source.splitlines()) for cell in cells) <= 1350
-    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
-    check_outputs(NOTEBOOK)
+def test_notebook_is_clean(committed):
+    cells = execute.code_cells(committed.notebook)
+    counts = [cell.execution_count for cell in cells]
+    whole = counts == list(range(1, len(cells) + 1))
+    need(whole, f"The outputs are not of one run of all cells: {FULL_RUN} renews them.")
+    check_outputs(committed.notebook)
     outputs = json.dumps([cell.outputs for cell in cells])
     assert not re.search(r"/(home|root|tmp|work|Users|mnt|private)/", outputs)
-    assert "version" not in NOTEBOOK.metadata["language_info"]
+    assert "version" not in committed.notebook.metadata["language_info"]
     assert execute.NOTEBOOK.stat().st_size < 3_000_000
-    nbformat.validate(NOTEBOOK)
+    nbformat.validate(committed.notebook)
 
 
-def test_replication_is_of_this_code():
-    replication = json.loads(execute.text_of(execute.MODELS / "replication.json"))
-    assert replication["code_sha256"] == execute.code_sha256(NOTEBOOK)
-    for i in range(1, 6):
-        run = replication["runs"][i - 1]
-        assert run["config"] == {**METRICS["config"], "SEED": i, "HELD_OUT": i}
-        assert list(run["comparisons"]) == list(METRICS["comparisons"])
-    rows = execute.text_of(execute.README).splitlines()
-    for claim in METRICS["comparisons"]:
-        said = [run["comparisons"][claim]["outcome"] for run in replication["runs"]]
-        (row,) = [row for row in rows if row.startswith(f"| {claim} |")]
-        for outcome in set(said):
-            assert f"{said.count(outcome)} {outcome}" in row.split("|")[-2]
+def test_six_trainings_are_this_one_and_the_replications(committed):
+    config, claims = committed.metrics["config"], committed.metrics["comparisons"]
+    runs = execute.json_of(committed.saved / "replication.json")["runs"]
+    for i, run in enumerate(runs, 1):
+        same = run["config"] == {**config, "SEED": i, "HELD_OUT": i}
+        same = same and list(run["comparisons"]) == list(claims)
+        need(same, f"Replication {i} is of another study: {REPLICATE} renews it.")
+    for claim, row in claims.items():
+        rows = [row, *(run["comparisons"][claim] for run in runs)]
+        differences = sorted(one["difference"] for one in rows)
+        six = row["six"] and sorted(row["six"]["differences"])
+        said = f"The six of {claim!r} are not those replicated: {FULL_RUN} renews them."
+        need(len(rows) == 6 and six == pytest.approx(differences), said)
 
 
-def test_readme_shows_what_was_measured():
+def test_readme_shows_what_was_measured(committed):
     for path, text in execute.texts().items():
-        assert execute.text_of(path) == text
+        said = f"{path.name} is not as models/ has it: {TEXTS} renews it."
+        need(execute.text_of(path) == text, said)
     readme = execute.text_of(execute.README)
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (execute.ROOT / link).exists(), link
+    workflow = execute.text_of(execute.ROOT / ".github" / "workflows" / "ci.yml")
     commands = re.findall(r"^python -m pip install -r .*$", readme, re.M)
-    run = re.findall(r"- run: (python -m pip install -r .+)", WORKFLOW)
+    run = re.findall(r"- run: (python -m pip install -r .+)", workflow)
     assert sorted(run) == sorted(commands)
 
 
-def test_numbers_in_the_readme_have_a_source():
-    """Each in its prose is a parameter, shape, section, version, or was measured."""
-    prose = execute.text_of(execute.README)
-    unread = [r"<!-- (\w+): generated -->.*?<!-- end of \1 -->", r"```.*?```"]
-    unread += [r"`[^`]*`", r"\]\([^)]*\)", r"\([^)]*\b(?:19|20)\d\d\b[^)]*\)"]
-    for pattern in unread:  # tables, code, links and citations
-        prose = re.sub(pattern, "", prose, flags=re.S)
-    known = {str(x) for x in [*range(1, 16), 18, 28, "1,024", "784"]}
-    known |= {str(x) for x in execute.parameters_of(NOTEBOOK).values()}
-    versions = execute.text_of(execute.REQUIREMENTS) + WORKFLOW
-    known |= set(re.findall(r"[\d.]+", versions))
-    for number in re.findall(r"\d+\.\d+", json.dumps(METRICS)):
-        known |= {f"{float(number):.{digits}f}" for digits in (2, 3, 4, 5)}
-        known |= {f"{100 * float(number):.{digits}f} %" for digits in (0, 1)}
-    found = re.findall(r"(?<![\w.-])(?:\d[\d,.]*\d|\d)(?: %)?", prose)
-    assert set(found) <= known
-
-
-def test_readme_snippet_reads_one_image_and_many(monkeypatch):
+def test_readme_snippet_reads_images(committed, raw, monkeypatch):
+    """One, and a hundred test images, about as well as the probe reads all of them."""
     monkeypatch.chdir(execute.ROOT)
+    x, y = pixels_and_labels(raw, "t10k")
     readme = execute.text_of(execute.README)
     snippet = re.search(r"```python\n(.*?)```", readme, re.S)[1]
-    for n in (1, 32):
-        exec(snippet.replace("rand(1, 784)", f"rand({n}, 784)"), {})
+    assert "torch.rand(1, 784)" in snippet
+    for n in (1, 100):
+        names = {"test_images": torch.from_numpy(x[:n])}
+        exec(snippet.replace("torch.rand(1, 784)", "test_images"), names)
+    right = (names["logits"].argmax(1).numpy() == y[:100]).mean()
+    accuracy = committed.metrics["probe"]["test_accuracy"]
+    assert right == pytest.approx(accuracy, abs=0.1)

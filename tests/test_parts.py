@@ -19,7 +19,7 @@ def cells(tmp_path):
     """All functions of the notebook, with few units, and with small official files."""
     torch.manual_seed(0)
     folders = {"DATA_DIR": f"{tmp_path}/data", "MODELS_DIR": f"{tmp_path}/models"}
-    cells = execute.load("RAW = ", N_UNITS=N_UNITS, K=K, USE_DEVICE="cpu", **folders)
+    cells = execute.load("folders", N_UNITS=N_UNITS, K=K, USE_DEVICE="cpu", **folders)
     for name in execute.FILES:
         cells["OFFICIAL"][name] = hashlib.sha256(name.encode()).hexdigest()
     cells["RAW"].mkdir(parents=True)
@@ -213,11 +213,12 @@ def refused(call, *words, kind=ValueError):
 def test_parameter(tmp_path, name, value):
     folders = {"DATA_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path)}
     parameters = {**folders, name: value}
-    refused(lambda: execute.load("RAW = ", **parameters), f"{name} = {value!r}")
+    refused(lambda: execute.load("folders", **parameters), f"{name} = {value!r}")
 
 
 def test_home_and_variables_in_folders(cells, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.setenv("PLACE", "place")
     cells["MODELS_DIR"] = "~/$PLACE"
     assert cells["folder_of"]("MODELS_DIR") == tmp_path / "place"

@@ -3,8 +3,6 @@
 import copy
 import gzip
 import hashlib
-import json
-import sys
 from types import SimpleNamespace
 
 import execute
@@ -16,15 +14,6 @@ import torch
 NEAR = {"abs": 3e-3}  # NumPy sums in another order: a few images near a border change
 REDUCED = {"EPOCHS": 2, "PROBE_EPOCHS": 2, "CUE_EPOCHS": 1, "MAP_IMAGES": 4}
 REDUCED["DATA_DIR"] = str(execute.DATA)
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    """The folder of the four files, fetched if they are not there."""
-    execute.fetch_data()
-    models = str(tmp_path_factory.mktemp("models"))
-    execute.load("if missing_files():", DATA_DIR=str(execute.DATA), MODELS_DIR=models)
-    return execute.DATA / "FashionMNIST" / "raw"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +31,7 @@ def reduced(tmp_path_factory, raw):
 
 
 def metrics_in(folder):
-    return json.loads(execute.text_of(folder / "metrics.json"))
+    return execute.json_of(folder / "metrics.json")
 
 
 def check_outputs(notebook):
@@ -104,12 +93,14 @@ def check_comparison(row, ours, rival):
     assert row["high"] - row["difference"] == pytest.approx(margin, rel=0.02)
 
 
-@pytest.mark.parametrize("run", ["reduced", "committed"])
-def test_numbers_follow_from_the_files(run, raw, request):
+RELEASE = pytest.param("committed", marks=pytest.mark.release)
+
+
+@pytest.mark.parametrize("run", ["reduced", RELEASE])
+def test_numbers_follow_from_the_files(run, request):
     """MSE, L0, accuracy, ranking, ablation, and the comparisons of section 9."""
-    folder = execute.MODELS
-    if run == "reduced":
-        folder = request.getfixturevalue("reduced").saved
+    folder = request.getfixturevalue(run).saved
+    raw = request.getfixturevalue("raw")
     metrics, layers = metrics_in(folder), []
     for name in ("encoder", "decoder", "classifier"):
         state = torch.load(folder / f"{name}.pth", weights_only=True)
@@ -187,16 +178,3 @@ def test_run_twice_is_run_once(reduced, tmp_path):
     for metrics in (once, twice):
         metrics["seconds"] = metrics["training"]["seconds"] = 0.0
     assert once == twice
-
-
-def test_kernel_is_of_this_python(tmp_path, monkeypatch, capfd):
-    """Also where a kernelspec names one that does not start; and it keeps quiet."""
-    spec = {"argv": ["no-such-python"], "display_name": "x", "language": "python"}
-    (tmp_path / "kernels" / "python3").mkdir(parents=True)
-    execute.write_whole(tmp_path / "kernels" / "python3" / "kernel.json", spec)
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    cell = nbformat.v4.new_code_cell("import sys\nprint(sys.executable)")
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=execute.read().metadata)
-    execute.execute(notebook, tmp_path)
-    assert cell.outputs[0].text.strip() == sys.executable
-    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,134 @@
+"""The tools of this folder, on a project whose notebook has two small cells."""
+
+import gzip
+import shutil
+import subprocess
+import sys
+
+import execute
+import nbformat
+import pytest
+
+PARAMETERS = "SEED = 0\nHELD_OUT = 0\nDATA_DIR = 'data'"
+RUN = """
+import json, pathlib
+from IPython.display import Image
+config = {"SEED": SEED, "HELD_OUT": HELD_OUT, "DATA_DIR": DATA_DIR}
+row = {"ours": 3, "rival": 1, "difference": 2, "low": 1, "high": 3, "six": None}
+metrics = {"config": config, "environment": {"python": 3}, "seconds": 7}
+metrics["comparisons"] = {"a claim": row}
+pathlib.Path("models").mkdir(exist_ok=True)
+pathlib.Path("models/metrics.json").write_text(json.dumps(metrics))
+path = pathlib.Path(DATA_DIR, "../fashion_sae.ipynb")  # edited while it runs:
+path.write_text(path.read_text().replace("before", "after"))
+print("before")
+display({"text/plain": " "}, raw=True)  # as a progress bar leaves it
+Image(data=b"", format="png")
+"""
+
+
+def notebook_of(*cells):
+    """A notebook of code cells, each given as its source and tags."""
+    make = nbformat.v4.new_code_cell
+    cells = [make(source, metadata={"tags": tags}) for source, *tags in cells]
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder like that of the project, but for its notebook and data."""
+    for name in ("tests", "models"):
+        shutil.copytree(execute.ROOT / name, tmp_path / name)
+    for name in (".pytest.ini", "README.md", "requirements.txt"):
+        shutil.copy(execute.ROOT / name, tmp_path)
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in execute.FILES:
+        (raw / name).touch()
+    run = (RUN, *execute.PICTURES.values())
+    notebook = notebook_of((PARAMETERS, "parameters"), run)
+    nbformat.write(notebook, tmp_path / "fashion_sae.ipynb")
+    return tmp_path
+
+
+def run(project, *command):
+    command = [sys.executable, *command]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True)
+
+
+def test_edit_while_it_runs(project):
+    """It is kept, with the run beside it; the next run is of what was edited."""
+    path, beside = [project / f"fashion_sae{x}.ipynb" for x in ("", ".executed")]
+    before = execute.text_of(path)
+    done = run(project, "tests/execute.py")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "was edited while it ran" in done.stderr
+    assert execute.text_of(path) == before.replace("before", "after")
+    metrics = execute.json_of(project / "models" / "metrics.json")
+    assert metrics["code_sha256"] == execute.code_sha256(execute.read(beside))
+    done = run(project, "tests/execute.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    for place, said in ((beside, "before\n"), (path, "after\n")):
+        text, picture = nbformat.read(place, as_version=4).cells[1].outputs
+        assert text.text == said and "image/png" in picture.data
+    row = "| a claim | 3.000 | 1.000 | 2.000 [1.000, 3.000] | one training |"
+    assert row in execute.text_of(project / "README.md")
+
+
+def test_replications_are_of_one_code_and_older_than_the_next(project):
+    code = execute.code_sha256(execute.read(project / "fashion_sae.ipynb"))
+    assert run(project, "tests/replicate.py").returncode == 0
+    found = execute.json_of(project / "models" / "replication.json")
+    assert found["code_sha256"] == code  # and not of the edit during the first run
+    wanted = [{"SEED": i, "HELD_OUT": i, "DATA_DIR": "data"} for i in range(1, 6)]
+    assert [one["config"] for one in found["runs"]] == wanted
+    quick = run(project, "-m", "pytest", "tests/test_tools.py", "-k", "test_hash")
+    release = run(project, "-m", "pytest", "tests", "-m", "release")
+    for suite, outcome in ((quick, "1 passed"), (release, "1 failed")):
+        assert "\nOlder than the code, until made anew" in suite.stdout
+        assert outcome in suite.stdout and "def test" not in suite.stdout
+
+
+SAME = "x = (1)  # one\n\n\ndef f(a,):\n    'Text.'\n    return not(a), 'b', None"
+OTHERS = ["x = 1.0\ndef f(a): return not a, 'b', None", "if x:\n    %pip install that"]
+OTHERS += ["x = 1\ndef f(a): return not a, 'b'", "if x:\n    %pip install this"]
+
+
+def test_hash_is_of_what_the_code_means():
+    code = 'x = 1\ndef f(a):\n    return not a, "b", None'
+    hashes = [execute.code_sha256(notebook_of([x])) for x in (code, SAME, *OTHERS)]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 1 + len(OTHERS)
+
+
+def test_load_runs_up_to_a_cell_and_then_defines():
+    names = execute.load("parameters", SEED=5)
+    assert names["SEED"] == 5 and "metrics" not in names
+    assert callable(names["encode"])
+
+
+def test_fetch_unpacks(tmp_path, monkeypatch):
+    """What is not there unpacked; a packed file there may not be torchvision's."""
+    monkeypatch.setattr(execute, "DEBIAN", tmp_path)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    first, second = execute.FILES[:2]
+    (raw / f"{first}.gz").touch()
+    (raw / second).touch()
+    for name in execute.FILES:
+        execute.write_whole(tmp_path / f"{name}.gz", gzip.compress(name.encode()))
+    execute.fetch_data(tmp_path)
+    for name in execute.FILES:
+        assert execute.text_of(raw / name) == ("" if name == second else name)
+
+
+def test_kernel_is_of_this_python(tmp_path, monkeypatch, capfd):
+    """Also where a kernelspec names one that does not start; and it keeps quiet."""
+    spec = {"argv": ["no-such-python"], "display_name": "x", "language": "python"}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    execute.write_whole(tmp_path / "kernels" / "python3" / "kernel.json", spec)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    notebook = notebook_of(["import sys\nprint(sys.executable)"])
+    notebook.metadata = execute.read().metadata
+    execute.execute(notebook, tmp_path)
+    assert notebook.cells[0].outputs[0].text.strip() == sys.executable
+    assert capfd.readouterr() == ("", "")

@@ -7,132 +7,104 @@ import statistics
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import execute
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-DATA = str(execute.DATA)
-LADDER = ["literal: default start, raw pixels, constant rate", "+ changing rate"]
-LADDER += ["+ centring", "+ atoms of length one, tied at the start"]
-LADDER += ["+ patches as the start", "+ shrinkage (the recipe)"]
-RECIPE = len(LADDER) - 1
+LADDER = ["literal: default start, raw pixels, constant rate", "+ centring"]
+LADDER += ["+ atoms of length one, from noise, tied at the start"]
+LADDER += ["+ many units first", "+ falling rate (the recipe)"]
 
 
-def notebook_cells(seed=0):
+def notebook_with_data(seed=0):
     """What the notebook defines, with its data, and with nothing trained."""
     with tempfile.TemporaryDirectory() as models:
-        parameters = {"DATA_DIR": DATA, "MODELS_DIR": models, "USE_DEVICE": "cpu"}
-        return execute.load("patches", SEED=seed, **parameters)
+        folders = {"DATA_DIR": str(execute.DATA), "MODELS_DIR": models}
+        cells = execute.load("run-split", SEED=seed, USE_DEVICE="cpu", **folders)
+    return SimpleNamespace(**cells)
 
 
-def start(cells, level, seed):
-    draws = cells["generator"](seed)
-    mean = cells["mean_image"] if level >= 2 else torch.zeros(784)
-    noise = F.normalize(torch.randn(1024, 784, generator=draws))
-    atoms = cells["patches"](draws) if level >= 4 else noise
-    model = cells["QuickAutoencoder"](atoms, mean)
-    if level < 3:  # the start that PyTorch gives to linear layers
-        torch.manual_seed(seed)
-        encoder, decoder = nn.Linear(784, 1024), nn.Linear(1024, 784)
-        model.encoder_weight.data = encoder.weight.data
-        model.encoder_bias.data = encoder.bias.data
-        model.atoms.data = decoder.weight.data.T.contiguous()
-        model.bias.data = decoder.bias.data + mean
-    return model
+def default_start(model, seed, centred):
+    """Give a model the start that PyTorch gives to linear layers."""
+    torch.manual_seed(seed)
+    n_units = len(model.atoms)
+    encoder, decoder = nn.Linear(784, n_units), nn.Linear(n_units, 784)
+    model.mean *= centred
+    model.encoder_weight.data = encoder.weight.data
+    model.encoder_bias.data = encoder.bias.data
+    model.atoms.data = decoder.weight.data.T.contiguous()
+    model.bias.data = decoder.bias.data + model.mean
 
 
-def step(cells, level, model, batch, optimizer):
-    if level >= 3:
-        cells["SHRINKAGE"] = 0.1 if level == RECIPE else 0.0
-        cells["train_step"](model, batch, optimizer)
-    else:  # nothing is done to the atoms
-        loss = F.mse_loss(model(batch, cells["K"])[0], batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def train(cells, level, seed, images, epochs=30):
-    """Train as a row of the ladder says, without stopping early."""
-    model, draws = start(cells, level, seed), cells["generator"](seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=level > 0)
-    order = []
-    for _ in range(epochs):
-        order += cells["batches"](len(images), 256, draws)
-    for i, rows in enumerate(order):
-        if level >= 1:
-            rate = 1e-3 * cells["rate_share"](i, len(order))
-            optimizer.param_groups[0]["lr"] = rate
-        step(cells, level, model, images[rows], optimizer)
-    return model
+def plain_step(model, batch, k, optimizer):
+    """A step after which atoms may have any length."""
+    loss = F.mse_loss(model(batch, k)[0], batch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def climb(level, seed):
-    """One row of the ladder: the table's numbers, on validation images."""
-    cells = notebook_cells(seed)
-    x, y = cells["images"], cells["labels"]
-    begun = time.perf_counter()
-    model = train(cells, level, seed, x["train"])
+    """A row of the ladder, without stopping early; measured on validation images."""
+    book, begun = notebook_with_data(seed), time.perf_counter()
+    (x, y), checked, rng = book.train, book.validation, book.generator(seed)
+    model = book.start(x, seed)
+    if level < 2:
+        default_start(model, seed, centred=level)
+    optimizer = torch.optim.Adam(model.parameters(), lr=book.LEARNING_RATE, fused=True)
+    order = []
+    for _ in range(book.EPOCHS):
+        order += book.batches(len(x), book.BATCH_SIZE, rng)
+    for i, rows in enumerate(order):
+        k, rate = book.schedule(i, len(order))
+        optimizer.param_groups[0]["lr"] = rate if level >= 4 else book.LEARNING_RATE
+        step = book.train_step if level >= 2 else plain_step
+        step(model, x[rows], k if level >= 3 else book.K, optimizer)
     seconds = time.perf_counter() - begun
-    encoder, decoder = cells["as_layers"](model)
-    codes = cells["encode"](encoder, x["train"])
-    silent = (codes.amax(0) == 0).sum().item()
-    probe = cells["fit_probe"](codes, y["train"], cells["L1"], seed)
-    codes = cells["encode"](encoder, x["validation"])
-    right = cells["is_correct"](probe, codes, y["validation"]).mean().item()
-    mse = F.mse_loss(decoder(codes), x["validation"]).item()
-    energy = decoder.weight.T.square().sort(dim=1, descending=True).values
-    pixels = (energy.cumsum(1) < 0.9 * energy.sum(1, keepdim=True)).sum(1) + 1.0
-    return mse, silent, right, pixels.median().item(), seconds
+    encoder, decoder = book.as_layers(model)
+    codes = book.encode(encoder, x)
+    probe, rates = book.fit_probe(codes, y, book.L1, seed), (codes > 0).float().mean(0)
+    codes = book.encode(encoder, checked.x)
+    mse = F.mse_loss(decoder(codes), checked.x).item()
+    right = book.is_correct(probe, codes, checked.y).mean().item()
+    return mse, (rates == 0).sum().item(), (rates < 0.001).sum().item(), right, seconds
 
 
-def ratios():
+def ratio():
     """A training step beside the five dense products of its shapes."""
-    cells = notebook_cells()
-    images = cells["images"]["train"][: 50 * 256]
-    model, batch = start(cells, RECIPE, 0), images[:256]
+    book = notebook_with_data()
+    model, batch = book.start(book.train.x, 0), book.train.x[: book.BATCH_SIZE]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    weight, atoms = torch.randn(1024, 784), torch.randn(1024, 784)
-    codes, error = torch.rand(256, 1024), torch.randn(256, 784)
-
-    def five_products():
-        forward = batch @ weight.T, codes @ atoms
-        return forward, codes.T @ error, error @ atoms.T, codes.T @ batch
-
-    def step_with(k):
-        cells["K"] = k
-        step(cells, RECIPE, model, batch, optimizer)
-
-    calls, times = [five_products, lambda: step_with(10), lambda: step_with(50)], []
-    for _ in range(10):  # in turns, and the first round warms up
-        for call in calls:
-            begun = time.perf_counter()
-            for _ in range(20):
-                call()
-            times.append(time.perf_counter() - begun)
-    five, ten, fifty = [statistics.median(times[i + 3 :: 3]) for i in range(3)]
-    return {
-        "a step with 50 active units": fifty / five,
-        "a step with 10 active units": ten / five,
-    }
+    weight, atoms = torch.randn(2, book.N_UNITS, 784)
+    codes, error = torch.rand(len(batch), book.N_UNITS), torch.randn(len(batch), 784)
+    pairs = [(batch, weight.T), (codes, atoms), (error, atoms.T)]
+    pairs += [(codes.T, error), (codes.T, batch)]
+    times = {"step": [], "products": []}
+    for _ in range(400):  # in turns; the first hundred warm up
+        begun = time.perf_counter()
+        book.train_step(model, batch, book.K, optimizer)
+        between = time.perf_counter()
+        for left, right in pairs:
+            left @ right
+        times["step"].append(between - begun)
+        times["products"].append(time.perf_counter() - between)
+    step, products = [statistics.median(x[100:]) for x in times.values()]
+    return {f"a step with {book.K} active units": step / products}
 
 
 def main(what):
     """Measure, write the file, and bring the README up to it."""
     execute.fetch_data()
-    found = {"machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}"}
-    found["code_sha256"] = execute.code_sha256(execute.read())
-    if what == "recipe":
-        found["measured"] = {}
-        for level, name in enumerate(LADDER):
-            rows = [climb(level, seed) for seed in (0, 1)]
-            found["measured"][name] = [statistics.mean(pair) for pair in zip(*rows)]
-            print(name, found["measured"][name], flush=True)
-    else:
-        found["measured"] = ratios()
-        print(found["measured"])
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    found = {"machine": machine, "code_sha256": execute.code_sha256(execute.read())}
+    found["measured"] = ratio() if what == "speed" else {}
+    for level, name in enumerate(LADDER if what == "recipe" else []):
+        pairs = zip(climb(level, seed=0), climb(level, seed=1))
+        found["measured"][name] = [statistics.mean(pair) for pair in pairs]
+        print(name, found["measured"][name], flush=True)
     path = execute.MODELS / "benchmark.json"
     execute.write_whole(path, {**execute.json_of(path), what: found})
     execute.write_texts()

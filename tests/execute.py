@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch, as in the notebook
+
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client import AsyncKernelManager
@@ -27,10 +29,8 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "fashion_sae.ipynb"
 EXECUTED = ROOT / "fashion_sae.executed.ipynb"  # of a notebook edited meanwhile
-README = ROOT / "README.md"
-REQUIREMENTS = ROOT / "requirements.txt"
-MODELS = ROOT / "models"
-DATA = ROOT / "data"
+README, REQUIREMENTS = ROOT / "README.md", ROOT / "requirements.txt"
+MODELS, DATA = ROOT / "models", ROOT / "data"
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
 FILES += ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package below
@@ -38,6 +38,7 @@ VERSIONS = "# the committed run: "  # begins a line of requirements.txt
 WIDGET = "application/vnd.jupyter.widget-view+json"
 INJECTED = "injected-parameters"
 PICTURES = {"class_atoms.png": "class-atoms", "film.png": "film"}  # and tags of cells
+python_of = TransformerManager().transform_cell  # where a magic is a call of its text
 RESULTS = {  # in models/, in the order in which they are made, and by what
     "replication.json": "python tests/replicate.py",
     "metrics.json": "python tests/execute.py, with the notebook's outputs",
@@ -45,26 +46,17 @@ RESULTS = {  # in models/, in the order in which they are made, and by what
 }
 
 
-def text_of(path):
-    return path.read_text(encoding="utf-8")
-
-
 def json_of(path):
-    return json.loads(text_of(path))
+    return json.loads(path.read_text("utf-8"))
 
 
 def write_whole(path, content):
     """Write bytes, a text, or a dict as JSON to a file, whole or not at all."""
     if isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
-    if isinstance(content, str):
-        content = content.encode()
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, path)
 
 
 def code_cells(notebook, without=None):
@@ -87,16 +79,8 @@ def read(path=NOTEBOOK):
     return notebook
 
 
-def tree_of(source):
-    """Syntax tree of a cell, where a magic is a call that holds its text."""
-    return ast.parse(TransformerManager().transform_cell(source))
-
-
 def meaning(node):
-    """What a part of a syntax tree says, alike in all versions of Python.
-
-    Positions, docstrings, and fields that are None or empty are left out.
-    """
+    """What a part of a syntax tree says, without docstrings, as in all Pythons."""
     if isinstance(node, ast.Constant):
         return repr(node.value)
     if isinstance(node, list):
@@ -114,12 +98,9 @@ def meaning(node):
 
 
 def code_sha256(notebook):
-    """Hash of what the code cells mean, an injected one left out.
-
-    Statements count, and which cell they stand in; comments and formatting do not.
-    """
+    """Hash of what the code cells mean, an injected one left out."""
     cells = code_cells(notebook, without=INJECTED)
-    bodies = [tree_of(cell.source).body for cell in cells]
+    bodies = [ast.parse(python_of(cell.source)).body for cell in cells]
     text = "\n".join(meaning(body) for body in bodies if body)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -129,7 +110,7 @@ def older_results():
     here, older = code_sha256(read()), []
     for name, command in RESULTS.items():
         path = MODELS / name
-        text = text_of(path) if path.exists() else ""
+        text = path.read_text("utf-8") if path.exists() else ""
         if set(re.findall(r'"code_sha256": "(\w+)"', text)) != {here}:
             older.append(f"models/{name} ({command})")
     said = "Older than the code, until made anew in this order:"
@@ -147,10 +128,9 @@ def inject(notebook, **parameters):
     unknown = sorted(set(parameters) - set(parameters_of(notebook)))
     if unknown:
         raise KeyError(f"{', '.join(unknown)}: not among the notebook's parameters")
-    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
-    source = "\n".join(["from math import inf, nan", *lines])
-    tags = {"tags": [INJECTED]}
-    cell = nbformat.v4.new_code_cell(source, id=INJECTED, metadata=tags)
+    cell = nbformat.v4.new_code_cell("from math import inf, nan", id=INJECTED)
+    cell.metadata["tags"] = [INJECTED]
+    cell.source += "".join(f"\n{name} = {x!r}" for name, x in parameters.items())
     place = notebook.cells.index(tagged(notebook, "parameters"))
     notebook.cells.insert(place + 1, cell)
     return notebook
@@ -165,33 +145,32 @@ class ThisPython(AsyncKernelManager):
         return KernelSpec(argv=[*command, "-f", "{connection_file}"], language="python")
 
 
-def execute(notebook, folder=ROOT, **options):
+def execute(notebook, folder=ROOT):
     """Run every cell in a fresh kernel whose working folder is `folder`."""
-    options.update(timeout=3600, kernel_manager_class=ThisPython, coalesce_streams=True)
-    options.update(record_timing=False, store_widget_state=False)
-    folders = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, resources=folders, **options).execute()
-    return notebook
+    options = {"timeout": 3600, "kernel_manager_class": ThisPython}
+    options.update(coalesce_streams=True, record_timing=False, store_widget_state=False)
+    options["resources"] = {"metadata": {"path": str(folder)}}
+    return NotebookClient(notebook, **options).execute()
 
 
 def run_source(source, namespace, whole=True):
-    tree = tree_of(source)
-    if not whole:
-        kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-        tree.body = [part for part in tree.body if isinstance(part, kinds)]
-    exec(compile(tree, "a cell", "exec"), namespace)
+    """Run a cell; or only imports, functions, classes, and what begins with a capital."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    for part in ast.parse(python_of(source)).body:
+        text = ast.unparse(part)
+        if whole or isinstance(part, kinds) or text[0].isupper():
+            exec(text, namespace)
 
 
-def load(until, **parameters):
-    """Run cells in this process, up to the one with the id `until`; then only define."""
+def load(until, *also, **parameters):
+    """Run cells up to the one with the id `until` and those in `also`; else define."""
     os.environ.setdefault("MPLBACKEND", "agg")
     cells = code_cells(inject(read(), **parameters))
     last = [cell.id for cell in cells].index(until)
     namespace = {"__name__": "__main__"}
     with contextlib.redirect_stdout(None):
         for i, cell in enumerate(cells):
-            whole = i <= last or cell.id == INJECTED
-            run_source(cell.source, namespace, whole)
+            run_source(cell.source, namespace, i <= last or cell.id in also)
     return namespace
 
 
@@ -203,13 +182,13 @@ def fetch_data(folder=DATA):
     raw, source = Path(folder, "FashionMNIST", "raw"), DEBIAN
     missing = [name for name in FILES if not (raw / name).is_file()]
     problems = (OSError, EOFError, subprocess.SubprocessError)
+    fetch = "apt-get download dataset-fashion-mnist"
+    fetch = f"{fetch} || {{ apt-get update; {fetch}; }}; dpkg-deb -x *.deb ."
+    limits = {"timeout": 900, "capture_output": True}
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(*problems):
         if missing and not DEBIAN.is_dir():
-            fetch = "apt-get download dataset-fashion-mnist"
-            fetch = f"{fetch} || {{ apt-get update; {fetch}; }}; dpkg-deb -x *.deb ."
-            limits = {"timeout": 900, "capture_output": True, "cwd": scratch}
-            subprocess.run(["sh", "-c", fetch], **limits)
             source = Path(scratch, DEBIAN.relative_to("/"))
+            subprocess.run(["sh", "-c", fetch], cwd=scratch, **limits)
         for name in missing:
             content = gzip.decompress(Path(source, f"{name}.gz").read_bytes())
             raw.mkdir(parents=True, exist_ok=True)
@@ -223,52 +202,39 @@ def picture(notebook, tag):
     raise LookupError(f"the cell tagged {tag!r} shows no picture")
 
 
-def table(heads, rows):
-    rows = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def table(*lines):
+    """A table of lines whose cells are parted by a stroke, the first of them its heads."""
+    lines = [lines[0], re.sub(r"[^|]+", "---", lines[0]), *lines[1:]]
+    return "\n".join(f"| {line.replace('|', ' | ')} |" for line in lines)
 
 
-def comparisons_table(metrics):
-    """All comparisons: over six trainings or, where there are none, of this run."""
-    rows = []
+def tables(metrics):
+    """The README's generated tables, by name."""
+    claims, found = [], json_of(MODELS / "benchmark.json")
     for claim, row in metrics["comparisons"].items():
         one = {**row, "mean": row["difference"], "outcome": "one training"}
-        text = "{ours:.3f}|{rival:.3f}|{mean:.3f} [{low:.3f}, {high:.3f}]|{outcome}"
-        rows.append([claim, *text.format(**row["six"] or one).split("|")])
-    difference = "mean difference over six trainings [95 %]"
-    return table(["claim", "ours", "rival", difference, "outcome"], rows)
-
-
-def benchmark_table(what, metrics):
-    """The table `recipe`, or `speed` with the time of the committed run."""
-    found = json_of(MODELS / "benchmark.json")[what]
-    heads, measured = [f"on {found['machine']}", "measured"], found["measured"]
-    if what == "speed":
-        measured["the committed run, seconds"] = metrics["seconds"]
-    else:
-        heads = ["recipe", "validation MSE", "silent", "probe accuracy"]
-        heads += ["pixels of an atom", "seconds"]
-    rows = []
-    for name, values in measured.items():
-        values = values if isinstance(values, list) else [values]
-        rows.append([name, *(f"{value:.4g}" for value in values)])
-    return table(heads, rows)
+        text = "|{ours:.3f}|{rival:.3f}|{mean:.3f} [{low:.3f}, {high:.3f}]|{outcome}"
+        claims.append(claim + text.format(**row["six"] or one))
+    speed = {**found["speed"]["measured"], "the committed run, s": metrics["seconds"]}
+    speed = [f"{name}|{x:.4g}" for name, x in speed.items()]
+    ladder = found["recipe"]["measured"].items()
+    ladder = ["|".join([name, *(f"{x:.4g}" for x in row)]) for name, row in ladder]
+    heads = "claim|ours|rival|mean difference over six trainings [95 %]|outcome"
+    columns = "recipe|validation MSE|silent|rare|probe accuracy|seconds"
+    rows = {"comparisons": table(heads, *claims), "recipe": table(columns, *ladder)}
+    return {**rows, "speed": table(f"on {found['speed']['machine']}|measured", *speed)}
 
 
 def texts():
     """README and requirements.txt, by path, as they should be by what is in models/."""
-    metrics = json_of(MODELS / "metrics.json")
-    tables = {name: benchmark_table(name, metrics) for name in ("recipe", "speed")}
-    tables["comparisons"] = comparisons_table(metrics)
-    readme = text_of(README)
-    for name, rows in tables.items():
+    metrics, readme = json_of(MODELS / "metrics.json"), README.read_text("utf-8")
+    for name, rows in tables(metrics).items():
         begin, end = f"<!-- {name}: generated -->\n", f"\n<!-- end of {name} -->"
         if begin not in readme or end not in readme:
             raise LookupError(f"README.md lacks {begin.strip()} or {end.strip()}")
-        head, tail = readme.split(begin)[0], readme.split(end)[1]
-        readme = head + begin + rows + end + tail
+        readme = readme.split(begin)[0] + begin + rows + end + readme.split(end)[1]
     used = ", ".join(f"{name} {x}" for name, x in metrics["environment"].items())
-    lines = re.sub(f"{VERSIONS}.*", VERSIONS + used, text_of(REQUIREMENTS))
+    lines = re.sub(f"{VERSIONS}.*", VERSIONS + used, REQUIREMENTS.read_text("utf-8"))
     return {README: readme, REQUIREMENTS: lines}
 
 
@@ -285,10 +251,7 @@ def is_left_over(output):
 
 
 def save(notebook, before):
-    """Save a run of the notebook file that held `before`; return the path it went to.
-
-    An edit made meanwhile stays, and the run is saved beside it.
-    """
+    """Save a run of the notebook file that held `before`, beside it if it was edited."""
     for cell in code_cells(notebook):
         cell.outputs = [out for out in cell.outputs if not is_left_over(out)]
     notebook.metadata = nbformat.reads(before.decode(), as_version=4).metadata

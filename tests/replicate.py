@@ -21,12 +21,9 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             execute.execute(run, folder)
             metrics = execute.json_of(Path(folder, "models", "metrics.json"))
-        config, comparisons = metrics["config"], metrics["comparisons"]
-        found["runs"].append(
-            {"config": {**config, "DATA_DIR": usual}, "comparisons": comparisons}
-        )
-        said = f"{len(comparisons)} comparisons in {metrics['seconds']:.0f} seconds"
-        print(f"SEED = HELD_OUT = {seed}: {said}", flush=True)
+        run = {"config": {**metrics["config"], "DATA_DIR": usual}}
+        found["runs"].append({**run, "comparisons": metrics["comparisons"]})
+        print(f"SEED = HELD_OUT = {seed}: {metrics['seconds']:.0f} s", flush=True)
     execute.write_whole(execute.MODELS / "replication.json", found)
 
 

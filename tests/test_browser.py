@@ -1,93 +1,78 @@
 """The notebook as a person meets it: JupyterLab in Chromium, Run All, a slider."""
 
 import contextlib
-import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import execute
 import nbformat
 import pytest
-from test_run import REDUCED
+from test_run import reduced_copy
+
+END = "Done: all files are in models."
+PROBLEMS = "[data-mime-type$='jupyter.stderr'], [data-mime-type$='jupyter.error']"
 
 
-def wait_until(condition, seconds=120):
-    """Until a condition holds; it may raise OSError before."""
-    end = time.monotonic() + seconds
+def wait_until(condition):
+    """Until a condition holds, for two minutes; it may raise before."""
+    end = time.monotonic() + 120
     while time.monotonic() < end:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             if condition():
                 return
         time.sleep(0.3)
-    raise AssertionError(f"not within {seconds} s")
+    raise AssertionError("not within two minutes")
 
 
 @pytest.fixture
-def lab(tmp_path):
-    """Address of a JupyterLab that serves a reduced copy of the notebook."""
-    notebook = execute.inject(execute.read(), **REDUCED)
-    nbformat.write(notebook, tmp_path / "fashion_sae.ipynb")
-    settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension"
+def page(tmp_path):
+    """A page of headless Chromium; at its base a JupyterLab that serves a folder."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed")
+    settings = tmp_path / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
     shown = {"windowingMode": "none"}  # all cells on the page
     execute.write_whole(settings / "tracker.jupyterlab-settings", shown)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser"]
-    command += [f"--ServerApp.port={port}", f"--ServerApp.root_dir={tmp_path}"]
-    command += [f"--LabApp.user_settings_dir={tmp_path / 'settings'}"]
-    command += ["--IdentityProvider.token=test"]
-    with open(tmp_path / "log", "wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    yield f"http://127.0.0.1:{port}"
-    server.kill()  # asked politely, it waits for its kernels
-    server.wait()
-
-
-@pytest.fixture
-def page():
-    """A page of headless Chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed")
-    with sync_api.sync_playwright() as driver:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command = f"-m jupyterlab --allow-root --no-browser --ServerApp.port={port}".split()
+    command += ["--IdentityProvider.token=test", f"--ServerApp.root_dir={tmp_path}"]
+    command += [f"--LabApp.user_settings_dir={tmp_path}"]
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with open(tmp_path / "log", "wb") as log, sync_api.sync_playwright() as driver:
+        server = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log)
         browser = driver.chromium.launch(executable_path=chromium, args=options)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        yield page
+        yield browser.new_page(base_url=f"http://127.0.0.1:{port}")
         browser.close()
+        server.kill()  # asked politely, it waits for its kernels
+        server.wait()
 
 
 @pytest.mark.browser
-def test_run_all_slider_and_reopening(lab, page, tmp_path):
-    path, address = tmp_path / "fashion_sae.ipynb", f"{lab}/lab/tree/fashion_sae.ipynb"
+def test_run_all_slider_and_reopening(page, tmp_path):
+    path, address = tmp_path / "a.ipynb", "/lab/tree/a.ipynb?token=test"
+    nbformat.write(reduced_copy(tmp_path), path)
+    page.set_default_timeout(120_000)
 
     def kernel_is_ready():  # the page itself calls it idle too early
-        with urllib.request.urlopen(f"{lab}/api/kernels?token=test") as answer:
-            kernels = json.load(answer)
+        kernels = page.request.get("/api/kernels?token=test").json()
         return any(k["connections"] and k["execution_state"] == "idle" for k in kernels)
 
-    def has_ended():
-        assert page.locator("[data-mime-type$='jupyter.stderr']").count() == 0
-        return (tmp_path / "models" / "metrics.json").exists() and kernel_is_ready()
-
-    wait_until(lambda: urllib.request.urlopen(f"{lab}/api?token=test"))
-    page.goto(f"{address}?token=test")
-    page.locator(".jp-CodeCell").first.wait_for(timeout=120_000)
+    wait_until(lambda: page.goto(address))
     wait_until(kernel_is_ready)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    wait_until(has_ended, 1500)
+    page.get_by_text(END).or_(page.locator(PROBLEMS)).first.wait_for(timeout=1_500_000)
+    assert page.locator(PROBLEMS).count() == 0
     page.keyboard.press("Control+s")
-    wait_until(lambda: "All files are in models." in execute.text_of(path))
-    assert execute.WIDGET not in execute.text_of(path)
+    wait_until(lambda: END in path.read_text("utf-8"))
+    assert execute.WIDGET not in path.read_text("utf-8")
     page.goto("about:blank")
-    page.goto(f"{address}?token=test")
-    page.locator(".jp-OutputArea img").nth(14).wait_for(timeout=120_000)
+    page.goto(address)
+    page.locator(".jp-OutputArea img").nth(14).wait_for()
     assert "model not found" not in page.inner_text("body").lower()
 
     wait_until(kernel_is_ready)
@@ -97,7 +82,7 @@ def test_run_all_slider_and_reopening(lab, page, tmp_path):
     page.keyboard.type("live_units()")
     page.keyboard.press("Shift+Enter")
     picture = page.locator(".widget-interact img")
-    picture.wait_for(timeout=120_000)
+    picture.wait_for()
     before = picture.get_attribute("src")
     page.locator(".noUi-handle").focus()
     page.keyboard.press("ArrowRight")

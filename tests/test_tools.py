@@ -1,6 +1,5 @@
 """The tools of this folder, on a project whose notebook has two small cells."""
 
-import gzip
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,10 @@ print("before")
 display({"text/plain": " "}, raw=True)  # as a progress bar leaves it
 Image(data=b"", format="png")
 """
+CODE = 'x = 1\ndef f(a):\n    return not a, "b", None'
+SAME = "x = (1)  # one\n\n\ndef f(a,):\n    'Text.'\n    return not(a), 'b', None"
+OTHERS = ["x = 1.0\ndef f(a): return not a, 'b', None", "if x:\n    %pip install that"]
+OTHERS += ["x = 1\ndef f(a): return not a, 'b'", "if x:\n    %pip install this"]
 
 
 def notebook_of(*cells):
@@ -34,9 +37,14 @@ def notebook_of(*cells):
     return nbformat.v4.new_notebook(cells=cells)
 
 
+def test_hash_is_of_what_the_code_means():
+    hashes = [execute.code_sha256(notebook_of([x])) for x in (CODE, SAME, *OTHERS)]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 1 + len(OTHERS)
+
+
 @pytest.fixture
-def project(tmp_path):
-    """A folder like that of the project, but for its notebook and data."""
+def run(tmp_path):
+    """Runs a command in a folder like that of the project, but for notebook and data."""
     for name in ("tests", "models"):
         shutil.copytree(execute.ROOT / name, tmp_path / name)
     for name in (".pytest.ini", "README.md", "requirements.txt"):
@@ -45,90 +53,42 @@ def project(tmp_path):
     raw.mkdir(parents=True)
     for name in execute.FILES:
         (raw / name).touch()
-    run = (RUN, *execute.PICTURES.values())
-    notebook = notebook_of((PARAMETERS, "parameters"), run)
+    notebook = notebook_of(
+        (PARAMETERS, "parameters"), (RUN, *execute.PICTURES.values())
+    )
     nbformat.write(notebook, tmp_path / "fashion_sae.ipynb")
-    return tmp_path
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    return lambda *command: subprocess.run([sys.executable, *command], **options)
 
 
-def run(project, *command):
-    command = [sys.executable, *command]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True)
-
-
-def test_edit_while_it_runs(project):
+def test_edit_while_it_runs(run, tmp_path):
     """It is kept, with the run beside it; the next run is of what was edited."""
-    path, beside = [project / f"fashion_sae{x}.ipynb" for x in ("", ".executed")]
-    before = execute.text_of(path)
-    done = run(project, "tests/execute.py")
+    path, beside = [tmp_path / f"fashion_sae{x}.ipynb" for x in ("", ".executed")]
+    before = path.read_text("utf-8")
+    done = run("tests/execute.py")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "was edited while it ran" in done.stderr
-    assert execute.text_of(path) == before.replace("before", "after")
-    metrics = execute.json_of(project / "models" / "metrics.json")
+    assert path.read_text("utf-8") == before.replace("before", "after")
+    metrics = execute.json_of(tmp_path / "models" / "metrics.json")
     assert metrics["code_sha256"] == execute.code_sha256(execute.read(beside))
-    done = run(project, "tests/execute.py")
+    done = run("tests/execute.py")
     assert (done.returncode, done.stderr) == (0, "")
     for place, said in ((beside, "before\n"), (path, "after\n")):
         text, picture = nbformat.read(place, as_version=4).cells[1].outputs
         assert text.text == said and "image/png" in picture.data
     row = "| a claim | 3.000 | 1.000 | 2.000 [1.000, 3.000] | one training |"
-    assert row in execute.text_of(project / "README.md")
+    assert row in (tmp_path / "README.md").read_text("utf-8")
 
 
-def test_replications_are_of_one_code_and_older_than_the_next(project):
-    code = execute.code_sha256(execute.read(project / "fashion_sae.ipynb"))
-    assert run(project, "tests/replicate.py").returncode == 0
-    found = execute.json_of(project / "models" / "replication.json")
+def test_replications_are_of_one_code_and_older_than_the_next(run, tmp_path):
+    code = execute.code_sha256(execute.read(tmp_path / "fashion_sae.ipynb"))
+    assert run("tests/replicate.py").returncode == 0
+    found = execute.json_of(tmp_path / "models" / "replication.json")
     assert found["code_sha256"] == code  # and not of the edit during the first run
     wanted = [{"SEED": i, "HELD_OUT": i, "DATA_DIR": "data"} for i in range(1, 6)]
     assert [one["config"] for one in found["runs"]] == wanted
-    quick = run(project, "-m", "pytest", "tests/test_tools.py", "-k", "test_hash")
-    release = run(project, "-m", "pytest", "tests", "-m", "release")
+    quick = run("-m", "pytest", "tests/test_tools.py", "-k", "test_hash")
+    release = run("-m", "pytest", "tests", "-m", "release")
     for suite, outcome in ((quick, "1 passed"), (release, "1 failed")):
         assert "\nOlder than the code, until made anew" in suite.stdout
         assert outcome in suite.stdout and "def test" not in suite.stdout
-
-
-SAME = "x = (1)  # one\n\n\ndef f(a,):\n    'Text.'\n    return not(a), 'b', None"
-OTHERS = ["x = 1.0\ndef f(a): return not a, 'b', None", "if x:\n    %pip install that"]
-OTHERS += ["x = 1\ndef f(a): return not a, 'b'", "if x:\n    %pip install this"]
-
-
-def test_hash_is_of_what_the_code_means():
-    code = 'x = 1\ndef f(a):\n    return not a, "b", None'
-    hashes = [execute.code_sha256(notebook_of([x])) for x in (code, SAME, *OTHERS)]
-    assert hashes[0] == hashes[1] and len(set(hashes)) == 1 + len(OTHERS)
-
-
-def test_load_runs_up_to_a_cell_and_then_defines():
-    names = execute.load("parameters", SEED=5)
-    assert names["SEED"] == 5 and "metrics" not in names
-    assert callable(names["encode"])
-
-
-def test_fetch_unpacks(tmp_path, monkeypatch):
-    """What is not there unpacked; a packed file there may not be torchvision's."""
-    monkeypatch.setattr(execute, "DEBIAN", tmp_path)
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    first, second = execute.FILES[:2]
-    (raw / f"{first}.gz").touch()
-    (raw / second).touch()
-    for name in execute.FILES:
-        execute.write_whole(tmp_path / f"{name}.gz", gzip.compress(name.encode()))
-    execute.fetch_data(tmp_path)
-    for name in execute.FILES:
-        assert execute.text_of(raw / name) == ("" if name == second else name)
-
-
-def test_kernel_is_of_this_python(tmp_path, monkeypatch, capfd):
-    """Also where a kernelspec names one that does not start; and it keeps quiet."""
-    spec = {"argv": ["no-such-python"], "display_name": "x", "language": "python"}
-    (tmp_path / "kernels" / "python3").mkdir(parents=True)
-    execute.write_whole(tmp_path / "kernels" / "python3" / "kernel.json", spec)
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    notebook = notebook_of(["import sys\nprint(sys.executable)"])
-    notebook.metadata = execute.read().metadata
-    execute.execute(notebook, tmp_path)
-    assert notebook.cells[0].outputs[0].text.strip() == sys.executable
-    assert capfd.readouterr() == ("", "")

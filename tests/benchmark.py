@@ -7,24 +7,24 @@ import statistics
 import sys
 import tempfile
 import time
-from types import SimpleNamespace
 
 import execute
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.benchmark import Timer
 
 LADDER = ["literal: default start, raw pixels, constant rate", "+ centring"]
 LADDER += ["+ atoms of length one, from noise, tied at the start"]
 LADDER += ["+ many units first", "+ falling rate (the recipe)"]
 
 
-def notebook_with_data(seed=0):
-    """What the notebook defines, with its data, and with nothing trained."""
+def load(seed):
+    """The notebook with its data, and with nothing trained."""
+    cells, folder = ["check-parameters", "seeds", "run-split"], str(execute.DATA)
     with tempfile.TemporaryDirectory() as models:
-        folders = {"DATA_DIR": str(execute.DATA), "MODELS_DIR": models}
-        cells = execute.load("run-split", SEED=seed, USE_DEVICE="cpu", **folders)
-    return SimpleNamespace(**cells)
+        usual = {"DATA_DIR": folder, "MODELS_DIR": models, "USE_DEVICE": "cpu"}
+        return execute.load(*cells, SEED=seed, **usual)
 
 
 def default_start(model, seed, centred):
@@ -33,10 +33,9 @@ def default_start(model, seed, centred):
     n_units = len(model.atoms)
     encoder, decoder = nn.Linear(784, n_units), nn.Linear(n_units, 784)
     model.mean *= centred
-    model.encoder_weight.data = encoder.weight.data
-    model.encoder_bias.data = encoder.bias.data
-    model.atoms.data = decoder.weight.data.T.contiguous()
-    model.bias.data = decoder.bias.data + model.mean
+    start = [encoder.weight, encoder.bias, decoder.weight.T, decoder.bias + model.mean]
+    for parameter, values in zip(model.parameters(), start):
+        parameter.data.copy_(values.data)
 
 
 def plain_step(model, batch, k, optimizer):
@@ -49,7 +48,7 @@ def plain_step(model, batch, k, optimizer):
 
 def climb(level, seed):
     """A row of the ladder, without stopping early; measured on validation images."""
-    book, begun = notebook_with_data(seed), time.perf_counter()
+    book, begun = load(seed), time.perf_counter()
     (x, y), checked, rng = book.train, book.validation, book.generator(seed)
     model = book.start(x, seed)
     if level < 2:
@@ -75,24 +74,18 @@ def climb(level, seed):
 
 def ratio():
     """A training step beside the five dense products of its shapes."""
-    book = notebook_with_data()
+    book = load(seed=0)
     model, batch = book.start(book.train.x, 0), book.train.x[: book.BATCH_SIZE]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     weight, atoms = torch.randn(2, book.N_UNITS, 784)
     codes, error = torch.rand(len(batch), book.N_UNITS), torch.randn(len(batch), 784)
     pairs = [(batch, weight.T), (codes, atoms), (error, atoms.T)]
     pairs += [(codes.T, error), (codes.T, batch)]
-    times = {"step": [], "products": []}
-    for _ in range(400):  # in turns; the first hundred warm up
-        begun = time.perf_counter()
-        book.train_step(model, batch, book.K, optimizer)
-        between = time.perf_counter()
-        for left, right in pairs:
-            left @ right
-        times["step"].append(between - begun)
-        times["products"].append(time.perf_counter() - between)
-    step, products = [statistics.median(x[100:]) for x in times.values()]
-    return {f"a step with {book.K} active units": step / products}
+    here = {"globals": locals(), "num_threads": torch.get_num_threads()}
+    step = Timer("book.train_step(model, batch, book.K, optimizer)", **here)
+    products = Timer("for left, right in pairs: left @ right", **here)
+    times = [timer.blocked_autorange(min_run_time=10) for timer in (step, products)]
+    return {f"a step with {book.K} active units": times[0].median / times[1].median}
 
 
 def main(what):

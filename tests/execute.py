@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # before torch, as in the notebook
 
@@ -34,9 +36,9 @@ MODELS, DATA = ROOT / "models", ROOT / "data"
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
 FILES += ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package below
-VERSIONS = "# the committed run: "  # begins a line of requirements.txt
 WIDGET = "application/vnd.jupyter.widget-view+json"
 INJECTED = "injected-parameters"
+EXPECTED = (CellExecutionError, LookupError, OSError, RuntimeError, ValueError)
 PICTURES = {"class_atoms.png": "class-atoms", "film.png": "film"}  # and tags of cells
 python_of = TransformerManager().transform_cell  # where a magic is a call of its text
 RESULTS = {  # in models/, in the order in which they are made, and by what
@@ -54,6 +56,7 @@ def write_whole(path, content):
     """Write bytes, a text, or a dict as JSON to a file, whole or not at all."""
     if isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
+    path = path.resolve()  # where it is a link: the file behind it
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
@@ -147,39 +150,38 @@ class ThisPython(AsyncKernelManager):
 
 def execute(notebook, folder=ROOT):
     """Run every cell in a fresh kernel whose working folder is `folder`."""
-    options = {"timeout": 3600, "kernel_manager_class": ThisPython}
+    options = {"timeout": 3600, "startup_timeout": 600}
+    interrupt = [signal.SIGINT, signal.default_int_handler]  # not nbclient's
+    options["on_notebook_start"] = lambda notebook: signal.signal(*interrupt)
     options.update(coalesce_streams=True, record_timing=False, store_widget_state=False)
     options["resources"] = {"metadata": {"path": str(folder)}}
-    return NotebookClient(notebook, **options).execute()
+    own = {name: x for name, x in os.environ.items() if name != "MPLBACKEND"}
+    client = NotebookClient(notebook, kernel_manager_class=ThisPython, **options)
+    return client.execute(env=own)
 
 
-def run_source(source, namespace, whole=True):
-    """Run a cell; or only imports, functions, classes, and what begins with a capital."""
+def load(*whole, **parameters):
+    """The notebook as a module: all that it defines, and cells with these ids run.
+
+    Of the others: imports, functions, classes, and what begins with a capital.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    book = ModuleType("book")
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    for part in ast.parse(python_of(source)).body:
-        text = ast.unparse(part)
-        if whole or isinstance(part, kinds) or text[0].isupper():
-            exec(text, namespace)
+    for cell in code_cells(inject(read(), **parameters)):
+        for part in ast.parse(python_of(cell.source)).body:
+            text = ast.unparse(part)
+            if cell.id in whole or isinstance(part, kinds) or text[0].isupper():
+                exec(text, vars(book))
+    return book
 
 
-def load(until, *also, **parameters):
-    """Run cells up to the one with the id `until` and those in `also`; else define."""
-    os.environ.setdefault("MPLBACKEND", "agg")
-    cells = code_cells(inject(read(), **parameters))
-    last = [cell.id for cell in cells].index(until)
-    namespace = {"__name__": "__main__"}
-    with contextlib.redirect_stdout(None):
-        for i, cell in enumerate(cells):
-            run_source(cell.source, namespace, i <= last or cell.id in also)
-    return namespace
-
-
-def fetch_data(folder=DATA):
+def fetch_data():
     """Put missing files in place, unpacked, from Debian's package; silent if that fails.
 
     torchvision takes its own packed files alone: Debian's differ, though not inside.
     """
-    raw, source = Path(folder, "FashionMNIST", "raw"), DEBIAN
+    raw, source = DATA / "FashionMNIST" / "raw", DEBIAN
     missing = [name for name in FILES if not (raw / name).is_file()]
     problems = (OSError, EOFError, subprocess.SubprocessError)
     fetch = "apt-get download dataset-fashion-mnist"
@@ -234,7 +236,8 @@ def texts():
             raise LookupError(f"README.md lacks {begin.strip()} or {end.strip()}")
         readme = readme.split(begin)[0] + begin + rows + end + readme.split(end)[1]
     used = ", ".join(f"{name} {x}" for name, x in metrics["environment"].items())
-    lines = re.sub(f"{VERSIONS}.*", VERSIONS + used, REQUIREMENTS.read_text("utf-8"))
+    lines = REQUIREMENTS.read_text("utf-8")
+    lines = re.sub("(?<=# the committed run: ).*", used, lines)
     return {README: readme, REQUIREMENTS: lines}
 
 
@@ -273,14 +276,13 @@ def main():
     print(f"{NOTEBOOK.name} runs, which takes a few minutes ...", flush=True)
     try:
         before, notebook = NOTEBOOK.read_bytes(), read()
-        for tag in PICTURES.values():  # known before the run rather than after it
-            tagged(notebook, tag)
         fetch_data()
         path = save(execute(notebook), before)
-    except CellExecutionError as error:
-        sys.exit(f"{error}\n{NOTEBOOK.name} has stopped, and was not saved.")
-    except (LookupError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"Not all was saved: {error}")
+    except KeyboardInterrupt:
+        print(f"{NOTEBOOK.name} was stopped, and was not saved.", file=sys.stderr)
+        os._exit(130)  # at once; the kernel ends when it has no parent
+    except EXPECTED as error:
+        sys.exit(f"{error}\nNot all was saved.")
     if path == EXECUTED:
         edited = f"{NOTEBOOK.name} was edited while it ran, and the edit is kept"
         ran = f"what ran is {path.name}, to which models/ and README.md belong"

@@ -18,8 +18,7 @@ PROBLEMS = "[data-mime-type$='jupyter.stderr'], [data-mime-type$='jupyter.error'
 
 def wait_until(condition):
     """Until a condition holds, for two minutes; it may raise before."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
+    for _ in range(400):
         with contextlib.suppress(Exception):
             if condition():
                 return
@@ -52,7 +51,7 @@ def page(tmp_path):
 
 
 @pytest.mark.browser
-def test_run_all_slider_and_reopening(page, tmp_path):
+def test_run_all_and_slider(page, tmp_path):
     path, address = tmp_path / "a.ipynb", "/lab/tree/a.ipynb?token=test"
     nbformat.write(reduced_copy(tmp_path), path)
     page.set_default_timeout(120_000)
@@ -70,12 +69,6 @@ def test_run_all_slider_and_reopening(page, tmp_path):
     page.keyboard.press("Control+s")
     wait_until(lambda: END in path.read_text("utf-8"))
     assert execute.WIDGET not in path.read_text("utf-8")
-    page.goto("about:blank")
-    page.goto(address)
-    page.locator(".jp-OutputArea img").nth(14).wait_for()
-    assert "model not found" not in page.inner_text("body").lower()
-
-    wait_until(kernel_is_ready)
     page.locator(".jp-CodeCell .cm-content").last.click()
     for key in ("Escape", "b", "Enter"):
         page.keyboard.press(key)

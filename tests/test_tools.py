@@ -12,10 +12,9 @@ PARAMETERS = "SEED = 0\nHELD_OUT = 0\nDATA_DIR = 'data'"
 RUN = """
 import json, pathlib
 from IPython.display import Image
-config = {"SEED": SEED, "HELD_OUT": HELD_OUT, "DATA_DIR": DATA_DIR}
 row = {"ours": 3, "rival": 1, "difference": 2, "low": 1, "high": 3, "six": None}
-metrics = {"config": config, "environment": {"python": 3}, "seconds": 7}
-metrics["comparisons"] = {"a claim": row}
+metrics = {"config": {"SEED": SEED, "HELD_OUT": HELD_OUT, "DATA_DIR": DATA_DIR}}
+metrics.update(comparisons={"a claim": row}, environment={"python": 3}, seconds=7)
 pathlib.Path("models").mkdir(exist_ok=True)
 pathlib.Path("models/metrics.json").write_text(json.dumps(metrics))
 path = pathlib.Path(DATA_DIR, "../fashion_sae.ipynb")  # edited while it runs:
@@ -26,8 +25,7 @@ Image(data=b"", format="png")
 """
 CODE = 'x = 1\ndef f(a):\n    return not a, "b", None'
 SAME = "x = (1)  # one\n\n\ndef f(a,):\n    'Text.'\n    return not(a), 'b', None"
-OTHERS = ["x = 1.0\ndef f(a): return not a, 'b', None", "if x:\n    %pip install that"]
-OTHERS += ["x = 1\ndef f(a): return not a, 'b'", "if x:\n    %pip install this"]
+OTHERS = [CODE.replace("None", "1"), "%pip install this", "%pip install that"]
 
 
 def notebook_of(*cells):
@@ -53,10 +51,8 @@ def run(tmp_path):
     raw.mkdir(parents=True)
     for name in execute.FILES:
         (raw / name).touch()
-    notebook = notebook_of(
-        (PARAMETERS, "parameters"), (RUN, *execute.PICTURES.values())
-    )
-    nbformat.write(notebook, tmp_path / "fashion_sae.ipynb")
+    cells = [(PARAMETERS, "parameters"), (RUN, *execute.PICTURES.values())]
+    nbformat.write(notebook_of(*cells), tmp_path / "fashion_sae.ipynb")
     options = {"cwd": tmp_path, "capture_output": True, "text": True}
     return lambda *command: subprocess.run([sys.executable, *command], **options)
 
@@ -76,8 +72,7 @@ def test_edit_while_it_runs(run, tmp_path):
     for place, said in ((beside, "before\n"), (path, "after\n")):
         text, picture = nbformat.read(place, as_version=4).cells[1].outputs
         assert text.text == said and "image/png" in picture.data
-    row = "| a claim | 3.000 | 1.000 | 2.000 [1.000, 3.000] | one training |"
-    assert row in (tmp_path / "README.md").read_text("utf-8")
+    assert "| a claim | 3.000 | 1.000 |" in (tmp_path / "README.md").read_text("utf-8")
 
 
 def test_replications_are_of_one_code_and_older_than_the_next(run, tmp_path):

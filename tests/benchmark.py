@@ -98,6 +98,7 @@ def main(what):
         pairs = zip(climb(level, seed=0), climb(level, seed=1))
         found["measured"][name] = [statistics.mean(pair) for pair in pairs]
         print(name, found["measured"][name], flush=True)
+    assert found["code_sha256"] == execute.code_sha256(execute.read()), "edited"
     path = execute.MODELS / "benchmark.json"
     execute.write_whole(path, {**execute.json_of(path), what: found})
     execute.write_texts()

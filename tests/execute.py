@@ -236,8 +236,7 @@ def texts():
             raise LookupError(f"README.md lacks {begin.strip()} or {end.strip()}")
         readme = readme.split(begin)[0] + begin + rows + end + readme.split(end)[1]
     used = ", ".join(f"{name} {x}" for name, x in metrics["environment"].items())
-    lines = REQUIREMENTS.read_text("utf-8")
-    lines = re.sub("(?<=# the committed run: ).*", used, lines)
+    lines = re.sub("(?<=committed run: ).*", used, REQUIREMENTS.read_text("utf-8"))
     return {README: readme, REQUIREMENTS: lines}
 
 
@@ -262,8 +261,7 @@ def save(notebook, before):
     metrics = json_of(MODELS / "metrics.json")
     metrics["code_sha256"] = code_sha256(notebook)
     write_whole(MODELS / "metrics.json", metrics)
-    same = NOTEBOOK.exists() and NOTEBOOK.read_bytes() == before
-    path = NOTEBOOK if same else EXECUTED
+    path = NOTEBOOK if NOTEBOOK.read_bytes() == before else EXECUTED
     write_whole(path, nbformat.writes(notebook) + "\n")
     for name, tag in PICTURES.items():
         write_whole(MODELS / name, picture(notebook, tag))

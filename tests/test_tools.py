@@ -77,7 +77,8 @@ def test_edit_while_it_runs(run, tmp_path):
 
 def test_replications_are_of_one_code_and_older_than_the_next(run, tmp_path):
     code = execute.code_sha256(execute.read(tmp_path / "fashion_sae.ipynb"))
-    assert run("tests/replicate.py").returncode == 0
+    done = run("tests/replicate.py")
+    assert done.returncode == 0, done.stderr
     found = execute.json_of(tmp_path / "models" / "replication.json")
     assert found["code_sha256"] == code  # and not of the edit during the first run
     wanted = [{"SEED": i, "HELD_OUT": i, "DATA_DIR": "data"} for i in range(1, 6)]

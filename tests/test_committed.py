@@ -70,4 +70,4 @@ def test_readme_snippet_reads_images_as_the_probe_does(committed, monkeypatch):
     names = {"test_images": torch.from_numpy(x)}
     exec(f"{before}test_images{after}", names)
     accuracy = (names["logits"].argmax(1).numpy() == y).mean()
-    assert accuracy == ((codes @ weight + bias).argmax(1) == y).mean() > 0.8
+    assert accuracy == ((codes @ weight + bias).argmax(1) == y).mean(), "K in README?"

@@ -50,7 +50,7 @@ def climb(level, seed):
     """A row of the ladder, without stopping early; measured on validation images."""
     book, begun = load(seed), time.perf_counter()
     (x, y), checked, rng = book.train, book.validation, book.generator(seed)
-    model = book.start(x, seed)
+    model = book.KSparseAutoencoder(x, seed)
     if level < 2:
         default_start(model, seed, centred=level)
     optimizer = torch.optim.Adam(model.parameters(), lr=book.LEARNING_RATE, fused=True)
@@ -73,14 +73,14 @@ def climb(level, seed):
 
 
 def ratio():
-    """A training step beside the five dense products of its shapes."""
+    """A training step beside the five dense products of its shapes in float32."""
     book = load(seed=0)
-    model, batch = book.start(book.train.x, 0), book.train.x[: book.BATCH_SIZE]
+    model, n = book.KSparseAutoencoder(book.train.x, 0), book.BATCH_SIZE
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    batch, codes = book.train.x[:n], torch.rand(n, book.N_UNITS)
     weight, atoms = torch.randn(2, book.N_UNITS, 784)
-    codes, error = torch.rand(len(batch), book.N_UNITS), torch.randn(len(batch), 784)
-    pairs = [(batch, weight.T), (codes, atoms), (error, atoms.T)]
-    pairs += [(codes.T, error), (codes.T, batch)]
+    last = codes.T, batch
+    pairs = [(batch, weight.T), (codes, atoms), (batch, atoms.T), last, last]
     here = {"globals": locals(), "num_threads": torch.get_num_threads()}
     step = Timer("book.train_step(model, batch, book.K, optimizer)", **here)
     products = Timer("for left, right in pairs: left @ right", **here)

@@ -104,7 +104,7 @@ def test_step_and_schedule(book):
     line = [(4 * K, 1e-3), (2.5 * K, 1e-3), (K, 1e-3), (K, 1e-3), (K, 0.5e-3)]
     assert_close(torch.tensor(at), torch.tensor(line))
     x = torch.rand(64, 784)
-    model, before = book.start(x, seed=0), book.start(x, seed=0)
+    model, before = [book.KSparseAutoencoder(x, seed=0) for _ in range(2)]
     book.train_step(model, x, K, torch.optim.Adam(model.parameters(), lr=0.01))
     assert (model.atoms - before.atoms).abs().max() > 0.005
     assert_close(model.atoms.norm(dim=1), torch.ones(N_UNITS))
